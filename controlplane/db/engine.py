@@ -1,0 +1,71 @@
+"""The way to Postgres: one engine a process, and the hints that wake loops early.
+
+A hint is a ``NOTIFY slmfleet, '<topic>'`` sent inside the transaction that changed something. It may be lost; every
+loop that listens also has a timer (DESIGN: timers are the truth).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from slmfleet import logs
+
+CHANNEL = "slmfleet"
+log = logs.get(__name__)
+
+
+def make_engine(url: str, pool_size: int = 10) -> AsyncEngine:
+    """An engine for ``postgresql://...`` or ``postgresql+asyncpg://...``; connects on first use."""
+    parsed = sa.make_url(url).set(drivername="postgresql+asyncpg")
+    return create_async_engine(parsed, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True)
+
+
+async def hint(connection: AsyncConnection, topic: str) -> None:
+    """Wake the loops that listen to ``topic`` (``spec``, ``node:<id>``) when this transaction commits."""
+    await connection.execute(sa.text("SELECT pg_notify(:channel, :topic)"), {"channel": CHANNEL, "topic": topic})
+
+
+class Hints:
+    """Hands each hint that arrives to the callbacks; connects again by itself when the connection breaks."""
+
+    def __init__(self, engine: AsyncEngine, retry_s: float = 1.0) -> None:
+        self._engine = engine
+        self._retry_s = retry_s
+        self._callbacks: list[Callable[[str], None]] = []
+
+    def subscribe(self, callback: Callable[[str], None]) -> None:
+        """Call ``callback(topic)`` for each hint, and ``callback("")`` (anything may have changed) after a gap."""
+        self._callbacks.append(callback)
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        while True:
+            try:
+                await self._listen()
+            except (OSError, sa.exc.SQLAlchemyError) as error:
+                log.warning("hints interrupted", error=error)
+            await asyncio.sleep(self._retry_s)
+
+    async def _listen(self) -> None:
+        closed = asyncio.Event()
+        async with self._engine.connect() as connection:
+            raw = await connection.get_raw_connection()
+            driver = raw.driver_connection
+            assert driver is not None
+            driver.add_termination_listener(lambda *_: closed.set())
+            await driver.add_listener(CHANNEL, lambda _c, _p, _ch, payload: self._tell(payload))
+            self._tell("")
+            try:
+                await closed.wait()
+            finally:
+                with contextlib.suppress(OSError, sa.exc.SQLAlchemyError):
+                    await connection.invalidate()
+
+    def _tell(self, topic: str) -> None:
+        for callback in self._callbacks:
+            callback(topic)
