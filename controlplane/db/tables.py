@@ -1,8 +1,9 @@
 """Every table of the control plane. Migrations in ``migrations/versions`` are the only way the schema is made; a test
 holds them against this file.
 
-Conventions: ids are UUIDv4 text; ``*_at`` is timestamptz by Postgres's clock unless said otherwise; ``resource_version``
-counts the writes of a row and is the ETag of REST; a ``spec`` is the validated manifest as it was applied (camelCase).
+Conventions: ids are UUIDv4 text; ``*_at`` is timestamptz by Postgres's clock unless said otherwise;
+``resource_version`` counts the writes of a row and is the ETag of REST; a ``spec`` is the validated manifest as it was
+applied (camelCase).
 """
 
 from __future__ import annotations
