@@ -214,6 +214,7 @@ groups = sa.Table(
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("selector", sa.Text, nullable=False),
     _json("labels"),
+    _json("annotations"),
     _created(),
     _updated(),
     _version(),
@@ -224,6 +225,7 @@ models = sa.Table(
     metadata,
     sa.Column("name", sa.Text, primary_key=True),
     _json("labels"),
+    _json("annotations"),
     # The version that was applied last; deployments that name no version pin it.
     sa.Column("current_version", sa.Text, nullable=False),
     _created(),
@@ -263,6 +265,7 @@ agents = sa.Table(
     metadata,
     sa.Column("name", sa.Text, primary_key=True),
     _json("labels"),
+    _json("annotations"),
     sa.Column("current_digest", sa.Text, nullable=False),
     _created(),
     _updated(),
@@ -285,6 +288,7 @@ deployments = sa.Table(
     metadata,
     sa.Column("name", sa.Text, primary_key=True),
     _json("labels"),
+    _json("annotations"),
     _json("spec"),
     sa.Column("current_revision", sa.BigInteger, nullable=False, server_default="0"),
     # Written by the placement controller: {desired, ready, warm, unplaced: [{count, reason}], message}.
