@@ -1,0 +1,70 @@
+"""Fixtures for the whole suite: real servers, started when the first test asks, stopped after the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from tests.support import mqtt as mqtt_support
+from tests.support import postgres as postgres_support
+from tests.support.mqtt import Mqtt
+from tests.support.postgres import Databases
+
+POSTGRES = pytest.StashKey[postgres_support.Source]()
+MQTT = pytest.StashKey[mqtt_support.Source]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the servers once, before anything runs."""
+    config.stash[POSTGRES] = postgres_support.choose()
+    config.stash[MQTT] = mqtt_support.choose()
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say which servers the suite will use."""
+    return [f"postgres: {config.stash[POSTGRES].description}", f"mqtt: {config.stash[MQTT].description}"]
+
+
+@pytest.fixture(scope="session")
+def databases(pytestconfig: pytest.Config) -> Iterator[Databases]:
+    """The session's PostgreSQL server."""
+    with pytestconfig.stash[POSTGRES].run() as admin_url:
+        yield Databases(admin_url)
+
+
+@pytest.fixture
+def postgres_url(databases: Databases) -> Iterator[str]:
+    """``postgresql://`` URL of a fresh, empty database."""
+    url = databases.create()
+    yield url
+    databases.drop(url)
+
+
+@pytest.fixture(scope="session")
+def migrated_template(databases: Databases) -> Iterator[str]:
+    """Name of a database at migration head, to copy."""
+    from controlplane.db.migrate import upgrade
+
+    url = databases.create()
+    upgrade(url)
+    name = sa.make_url(url).database
+    assert name is not None
+    yield name
+    databases.drop(url)
+
+
+@pytest.fixture
+def migrated_postgres_url(databases: Databases, migrated_template: str) -> Iterator[str]:
+    """``postgresql://`` URL of a fresh database at migration head."""
+    url = databases.create(migrated_template)
+    yield url
+    databases.drop(url)
+
+
+@pytest.fixture(scope="session")
+def mqtt(pytestconfig: pytest.Config) -> Iterator[Mqtt]:
+    """The session's broker. Retained messages outlive a test: use a node id of your own."""
+    with pytestconfig.stash[MQTT].run() as broker:
+        yield broker

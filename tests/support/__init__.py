@@ -1,0 +1,1 @@
+"""What the tests share: servers to test against, child processes, waiting for events."""
