@@ -1,1 +1,1 @@
-"""The operator's command line, over REST alone."""
+"""The operator's command line. It knows the control plane through REST alone."""

@@ -1,0 +1,68 @@
+"""The ask command: a question on the command line, on standard input, or a conversation on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from fleetctl import screen, session
+from fleetctl.ask import Answer, ask
+from fleetctl.client import Client
+from slmfleet.errors import UsageError
+
+
+def ask_command(
+    context: typer.Context,
+    agent: Annotated[str, typer.Argument(help="Name of an agent; model/NAME for a bare model or deployment.")],
+    prompt: Annotated[list[str] | None, typer.Argument(help="The question; without one, standard input.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="At most this many tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 = always the likeliest word.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds without a word before giving up.")] = 120.0,
+) -> None:
+    """Ask an agent through the gateway and print the answer as it comes."""
+    options = {"max_tokens": max_tokens, "temperature": temperature}
+    given = {key: value for key, value in options.items() if value is not None}
+    with session.of(context).client() as client:
+        if prompt:
+            _one(client, agent, [{"role": "user", "content": " ".join(prompt)}], given, timeout)
+        elif sys.stdin.isatty():
+            _conversation(client, agent, given, timeout)
+        else:
+            question = sys.stdin.read().strip()
+            if not question:
+                raise UsageError("nothing to ask: give a prompt, or text on standard input")
+            _one(client, agent, [{"role": "user", "content": question}], given, timeout)
+
+
+def _one(
+    client: Client, agent: str, messages: list[dict[str, str]], options: dict[str, Any], timeout_s: float
+) -> Answer:
+    answer = ask(client, agent, messages, _write, options, timeout_s)
+    if not answer.text.endswith("\n"):
+        print(flush=True)
+    # The figures go to standard error, so that a script gets the answer alone.
+    screen.err().print(answer.summary(), style="dim")
+    return answer
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _conversation(client: Client, agent: str, options: dict[str, Any], timeout_s: float) -> None:
+    notes = screen.err()
+    notes.print("Ctrl-D ends the conversation; it is kept nowhere.", style="dim")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if question:
+            messages.append({"role": "user", "content": question})
+            answer = _one(client, agent, messages, options, timeout_s)
+            messages.append({"role": "assistant", "content": answer.text})

@@ -1,0 +1,125 @@
+"""What fleetctl prints: aligned columns, fields and JSON or YAML. Colour and cutting only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.text import Text
+
+GAP = "   "
+# Words that say how a thing is doing, and how they look. Anything else is plain.
+_STYLES = {
+    "green": "online ready warm created yes True",
+    "yellow": "suspect reconciling draining drained fetching pending staged changed loading warning",
+    "red": "disconnected lost failed degraded error expired",
+    "dim": "unchanged - no",
+}
+_STYLE_OF = {word: style for style, words in _STYLES.items() for word in words.split()}
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A heading and the text of one cell. ``wide`` columns show with ``-o wide`` only, ``sparse`` ones if not empty."""
+
+    title: str
+    cell: Callable[[Row], str]
+    wide: bool = False
+    right: bool = False
+    sparse: bool = False
+
+
+def out() -> Console:
+    """Standard output. Not a terminal: no colour, no cutting."""
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def err() -> Console:
+    """Standard error."""
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def style_of(text: str) -> str:
+    """The style of a word of state; ``2/3`` is green when whole, yellow when not."""
+    first = text.split(" ", 1)[0].rstrip(",:")
+    have, slash, want = first.partition("/")
+    if slash and have.isdecimal() and want.isdecimal():
+        return "green" if int(have) >= int(want) else "yellow"
+    return _STYLE_OF.get(first, "")
+
+
+def lines(columns: Sequence[Column], rows: Sequence[Row], width: int | None, indent: int = 0) -> list[Text]:
+    """Heading and rows, aligned. ``width`` None: nothing is cut; else the widest left-aligned columns give way."""
+    cells = [[" ".join(column.cell(row).split()) or "-" for column in columns] for row in rows]
+    table = [[column.title for column in columns], *cells]
+    widths = [max(cell_len(row[index]) for row in table) for index in range(len(columns))]
+    if width is not None:
+        _fit(widths, [column.right for column in columns], width - indent - len(GAP) * (len(columns) - 1))
+    texts = []
+    for number, row in enumerate(table):
+        line = Text(" " * indent)
+        for index, (column, cell) in enumerate(zip(columns, row, strict=True)):
+            padded = _pad(cell, widths[index], column.right, last=index == len(columns) - 1)
+            line.append(padded, style="bold" if number == 0 else "" if index == 0 else style_of(cell))
+            line.append(GAP if index < len(columns) - 1 else "")
+        line.rstrip()
+        texts.append(line)
+    return texts
+
+
+def _fit(widths: list[int], fixed: Sequence[bool], room: int) -> None:
+    while sum(widths) > room:
+        widest = max((w, i) for i, w in enumerate(widths) if not fixed[i])
+        if widest[0] <= 8:
+            return
+        widths[widest[1]] -= 1
+
+
+def _pad(cell: str, width: int, right: bool, last: bool) -> str:
+    if cell_len(cell) > width:
+        return set_cell_size(cell, width - 1).rstrip() + "…"
+    blank = " " * (width - cell_len(cell))
+    return f"{blank}{cell}" if right else cell if last else f"{cell}{blank}"
+
+
+def table(
+    console: Console, columns: Sequence[Column], rows: Sequence[Row], wide: bool = False, indent: int = 0
+) -> None:
+    """Print a table; ``wide`` adds the columns that say so and cuts nothing."""
+    shown = [
+        column
+        for column in columns
+        if (wide or not column.wide) and not (column.sparse and not any(column.cell(row) for row in rows))
+    ]
+    width = console.width if console.is_terminal and not wide else None
+    for line in lines(shown, rows, width, indent):
+        console.print(line)
+
+
+def fields(console: Console, pairs: Sequence[tuple[str, str]], indent: int = 0) -> None:
+    """``Name:      value`` lines, aligned; a value of several lines is indented under its first."""
+    width = max((len(name) for name, _ in pairs), default=0) + 1
+    for name, value in pairs:
+        line = Text(" " * indent)
+        line.append(f"{name}:".ljust(width + 2), style="dim")
+        first, *rest = (value or "-").splitlines() or ["-"]
+        line.append(first, style=style_of(first))
+        console.print(line)
+        for more in rest:
+            console.print(" " * (indent + width + 2) + more)
+
+
+def data(form: str, value: Any) -> None:
+    """JSON or YAML to standard output, whole, in the server's order."""
+    if form == "json":
+        print(json.dumps(value, indent=2, ensure_ascii=False))
+    else:
+        yaml.safe_dump(value, sys.stdout, sort_keys=False, allow_unicode=True, default_flow_style=False)
