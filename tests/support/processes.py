@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import os
@@ -169,6 +170,17 @@ def wait_until(condition: Callable[[], Value], what: str, deadline_s: float = DE
         if time.monotonic() >= deadline:
             raise AssertionError(f"{what}: not within {deadline_s} s")
         pause.wait(0.02)
+
+
+async def eventually(condition: Callable[[], Value], what: str, deadline_s: float = DEADLINE_S) -> Value:
+    """``wait_until`` for tests that run an event loop, which goes on meanwhile."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + deadline_s
+    while not (value := condition()):
+        if loop.time() >= deadline:
+            raise AssertionError(f"{what}: not within {deadline_s} s")
+        await asyncio.sleep(0.01)
+    return value
 
 
 def wait_for_file(path: Path, deadline_s: float = DEADLINE_S) -> Path:

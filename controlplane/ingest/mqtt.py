@@ -1,0 +1,150 @@
+"""MQTT in: paho in its own thread, messages into a bounded queue of the event loop.
+
+A message is acknowledged to the broker only when it was dealt with, and at most ``WINDOW`` may be unacknowledged (the
+Receive Maximum of MQTT 5, section 3.1.2.11.3): a database that is slow or away makes the broker wait, not this process
+grow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import threading
+from dataclasses import dataclass, field
+from urllib.parse import unquote, urlsplit
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from slmfleet import logs
+
+log = logs.get(__name__)
+
+WINDOW = 1000
+KEEPALIVE_S = 20
+# For as long as this the broker keeps what arrives while the link is down; nodes keep everything until it is committed.
+SESSION_S = 300
+FIRST_RETRY_S = 1
+LAST_RETRY_S = 30
+
+
+@dataclass(frozen=True, slots=True)
+class MqttSettings:
+    """How to reach the broker."""
+
+    host: str
+    port: int
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    tls: bool = False
+
+    @classmethod
+    def from_url(cls, url: str) -> MqttSettings:
+        """``mqtt[s]://[user:password@]host[:port]``; ports default to 1883 and 8883. Raises ValueError."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path.strip("/") or parts.query:
+            raise ValueError("not an MQTT URL: write mqtt://host:1883 or mqtts://user:password@host:8883")
+        tls = parts.scheme == "mqtts"
+        return cls(
+            parts.hostname,
+            parts.port or (8883 if tls else 1883),
+            unquote(parts.username) if parts.username else None,
+            unquote(parts.password) if parts.password else None,
+            tls,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A message as it came. ``link`` counts connections: packet ids mean nothing on another one."""
+
+    topic: str
+    payload: bytes
+    packet_id: int
+    qos: int
+    link: int
+
+
+class MqttSource:
+    """The subscription. ``start`` and ``stop`` belong to the event loop that reads ``messages``."""
+
+    def __init__(self, settings: MqttSettings, client_id: str, topics: tuple[str, ...]) -> None:
+        self.messages: asyncio.Queue[Arrived] = asyncio.Queue(WINDOW)
+        self.connected = False
+        # Messages of quality of service 0 that found the queue full; nobody promised to deliver those.
+        self.overflowed = 0
+        self._settings = settings
+        self._broker = f"{settings.host}:{settings.port}"
+        self._topics = topics
+        self._link = 0
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._client = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5, manual_ack=True
+        )
+        if settings.username:
+            self._client.username_pw_set(settings.username, settings.password)
+        if settings.tls:
+            self._client.tls_set_context(ssl.create_default_context())
+        self._client.reconnect_delay_set(FIRST_RETRY_S, LAST_RETRY_S)
+        self._client.on_connect = self._on_connect
+        self._client.on_connect_fail = lambda *_: log.warning("MQTT broker out of reach", broker=self._broker)
+        self._client.on_disconnect = self._on_disconnect
+        self._client.on_message = self._on_message
+
+    def start(self) -> None:
+        """Connect in the background, and again whenever the link breaks."""
+        self._loop = asyncio.get_running_loop()
+        properties = Properties(PacketTypes.CONNECT)
+        properties.SessionExpiryInterval = SESSION_S
+        properties.ReceiveMaximum = WINDOW
+        self._client.connect_async(
+            self._settings.host, self._settings.port, KEEPALIVE_S, clean_start=False, properties=properties
+        )
+        self._client.loop_start()
+
+    def stop(self) -> None:
+        """Leave the broker and end the thread. What is unacknowledged comes again next time."""
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def done(self, message: Arrived) -> None:
+        """Acknowledge a message; one of an earlier connection comes again by itself."""
+        with self._lock:
+            if message.qos and message.link == self._link and self.connected:
+                self._client.ack(message.packet_id, message.qos)
+
+    def _on_connect(
+        self, client: paho.Client, _userdata: object, _flags: object, reason: ReasonCode, _properties: object
+    ) -> None:
+        if reason.is_failure:
+            log.error("MQTT broker refused the connection", reason=reason, broker=self._broker)
+            return
+        with self._lock:
+            self._link += 1
+            self.connected = True
+        client.subscribe([(topic, 1) for topic in self._topics])
+        log.info("MQTT broker connected", broker=self._broker)
+
+    def _on_disconnect(
+        self, _client: paho.Client, _userdata: object, _flags: object, reason: ReasonCode, _properties: object
+    ) -> None:
+        with self._lock:
+            was, self.connected = self.connected, False
+        if was and reason.is_failure:
+            log.warning("MQTT broker lost", reason=reason, broker=self._broker)
+
+    def _on_message(self, _client: paho.Client, _userdata: object, message: paho.MQTTMessage) -> None:
+        arrived = Arrived(message.topic, bytes(message.payload), message.mid, message.qos, self._link)
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._put, arrived)
+
+    def _put(self, arrived: Arrived) -> None:
+        try:
+            self.messages.put_nowait(arrived)
+        except asyncio.QueueFull:
+            # Only without the window that a broker has to keep: left unacknowledged, it comes again with the next link.
+            self.overflowed += 1
