@@ -71,7 +71,7 @@ def _model() -> list[Column]:
 
 def _agent() -> list[Column]:
     return [
-        Column("VERSION", lambda row: str(at(row, "status.number") or at(row, "status.version", ""))),
+        Column("VERSION", text("status.number")),
         Column("MODEL", text("spec.model.ref")),
         Column("PRIVACY", text("spec.privacy")),
         Column("CALLED", lambda row: ",".join(map(str, at(row, "spec.expose", ())))),
@@ -91,17 +91,14 @@ def _deployment() -> list[Column]:
 
 
 def token_columns(now: datetime.datetime) -> list[Column]:
-    """Enrolment tokens are flat objects: ``{id, usesLeft, expiresAt, labels, createdAt}``."""
-
-    def one(row: Row, key: str) -> Any:
-        return next((value for where in ("", "metadata.", "spec.", "status.") if (value := at(row, where + key))), None)
-
+    """Enrolment tokens are flat objects: ``{id, state, usesLeft, expiresAt, createdAt, labels}``."""
     return [
-        Column("ID", lambda row: str(one(row, "id") or one(row, "name") or "")),
-        Column("USES-LEFT", lambda row: str(one(row, "usesLeft") or one(row, "uses") or 0), right=True),
-        Column("EXPIRES", lambda row: "revoked" if one(row, "revokedAt") else human.until(one(row, "expiresAt"), now)),
-        Column("AGE", lambda row: human.age(one(row, "createdAt"), now), right=True),
-        Column("LABELS", lambda row: human.labels(one(row, "labels"))),
+        Column("ID", text("id")),
+        Column("STATE", text("state")),
+        Column("USES-LEFT", text("usesLeft"), right=True),
+        Column("EXPIRES", lambda row: human.until(row.get("expiresAt"), now)),
+        Column("AGE", lambda row: human.age(row.get("createdAt"), now), right=True),
+        Column("LABELS", lambda row: human.labels(row.get("labels"))),
     ]
 
 

@@ -10,6 +10,7 @@ server that a flag names.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,11 @@ from slmfleet.config import load, option, parse_path
 from slmfleet.errors import UsageError
 
 PREFIX = "FLEETCTL_"
+
+
+def default_data_dir() -> Path:
+    """``~/.local/share/slmfleet/dev``, the folder of ``controlplane dev``."""
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "slmfleet" / "dev"
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Config:
         None, "PEM file of the authorities that sign the server's HTTPS certificate; default: the system's.", parse_path
     )
     data_dir: Path = option(
-        lambda: Path.home() / ".local/share/slmfleet/dev",
+        default_data_dir,
         "Data folder of a `controlplane dev` on this machine; used when no server is given.",
         parse=parse_path,
     )

@@ -213,7 +213,7 @@ def _agent(described: Described, now: datetime.datetime) -> list[Block]:
         _head(
             described,
             now,
-            ("Version", str(at(described.value, "status.number") or at(described.value, "status.version", ""))),
+            ("Version", f"{at(described.value, 'status.number', '')} ({str(at(described.value, 'status.digest', ''))[:12]})"),
             ("Model", str(at(spec, "model.ref", ""))),
             ("Privacy", str(spec.get("privacy", ""))),
             ("Called from", _plain(spec.get("expose", ()))),
@@ -279,15 +279,11 @@ def _conditions(replicas: Sequence[Row], owner: str) -> list[Block]:
 
 
 def _versions(now: datetime.datetime) -> list[Column]:
-    def one(row: Row, *keys: str) -> str:
-        found = (at(row, f"{where}{key}") for key in keys for where in ("", "status.", "spec.", "metadata."))
-        return str(next((value for value in found if value is not None), ""))
-
     return [
-        Column("VERSION", lambda row: one(row, "number", "version")),
-        Column("PHASE", lambda row: one(row, "phase"), sparse=True),
-        Column("DIGEST", lambda row: one(row, "digest")[:12]),
-        Column("AGE", lambda row: human.age(one(row, "createdAt"), now), right=True),
+        Column("VERSION", lambda row: str(row.get("number") or row.get("version", ""))),
+        Column("PHASE", cells.text("phase"), sparse=True),
+        Column("DIGEST", lambda row: str(row.get("digest", ""))[:12]),
+        Column("AGE", lambda row: human.age(row.get("createdAt"), now), right=True),
     ]
 
 
