@@ -64,7 +64,11 @@ class Fleet:
 
     def await_online(self, name: str) -> None:
         """Until the control plane calls the node online."""
-        wait_until(lambda: self._state(name) == "online", f"{name} is online", READY_S)
+        wait_until(lambda: self.is_online(name), f"{name} is online", READY_S)
+
+    def is_online(self, name: str) -> bool:
+        """What the control plane says of a node now."""
+        return self._state(name) == "online"
 
     def _state(self, name: str) -> str:
         node = self.client.find(f"/nodes/{name}") or {}
@@ -93,14 +97,12 @@ class Fleet:
         self._children.pop(name).stop()
 
     def kill(self, name: str) -> None:
-        """SIGKILL to the daemon alone; returns when it is dead."""
-        child = self._children.pop(name)
-        child.process.kill()
-        child.kill(child.descendants())
+        """SIGKILL to the daemon alone, as when it crashes; returns at once. ``bury`` it later."""
+        self._children[name].process.kill()
 
-    def child(self, name: str) -> Child:
-        """The process of a node."""
-        return self._children[name]
+    def bury(self, name: str) -> None:
+        """Wait until a killed daemon is gone."""
+        self._children.pop(name).kill()
 
     def close(self) -> None:
         """Stop everything, nodes first."""

@@ -24,9 +24,11 @@ class Client:
 
     def __init__(self, server: str, token: str | None, ca_file: Path | None = None, timeout_s: float = 30.0) -> None:
         self.server = server.rstrip("/")
+        # What every request carries; for programs that speak to the same server in their own way.
         headers = {"user-agent": f"fleetctl/{__version__}"}
         if token:
             headers["authorization"] = f"Bearer {token}"
+        self.headers = headers
         # A proxy of the environment is for the internet; the control plane's address was given on purpose.
         self._http = httpx2.Client(
             base_url=self.server, headers=headers, timeout=timeout_s, trust_env=False, verify=_verify(ca_file)

@@ -209,11 +209,12 @@ def _file_size(file: Row) -> str:
 
 def _agent(described: Described, now: datetime.datetime) -> list[Block]:
     spec = described.value.get("spec", {})
+    digest = str(at(described.value, "status.digest", ""))
     page = [
         _head(
             described,
             now,
-            ("Version", f"{at(described.value, 'status.number', '')} ({str(at(described.value, 'status.digest', ''))[:12]})"),
+            ("Version", f"{at(described.value, 'status.number', '-')}, digest {digest[:12]}"),
             ("Model", str(at(spec, "model.ref", ""))),
             ("Privacy", str(spec.get("privacy", ""))),
             ("Called from", _plain(spec.get("expose", ()))),

@@ -16,10 +16,10 @@ from rich.text import Text
 GAP = "   "
 # Words that say how a thing is doing, and how they look. Anything else is plain.
 _STYLES = {
-    "green": "online ready warm created yes True",
+    "green": "online ready warm active created yes True",
     "yellow": "suspect reconciling draining drained fetching pending staged changed loading warning",
     "red": "disconnected lost failed degraded error expired",
-    "dim": "unchanged - no",
+    "dim": "unchanged used revoked - no",
 }
 _STYLE_OF = {word: style for style, words in _STYLES.items() for word in words.split()}
 

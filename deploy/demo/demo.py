@@ -109,7 +109,7 @@ def _end(demo: Demo) -> int:
 
 @contextlib.contextmanager
 def _only_one(data_dir: Path) -> Iterator[None]:
-    data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = data_dir / "demo.lock"
     with lock.open("w") as file:
         try:

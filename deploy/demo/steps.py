@@ -31,8 +31,6 @@ NODES = {
 MODEL = "smollm2-135m"
 AGENT = "geographer"
 QUESTIONS = ("What is the capital of France?", "What is the capital of Italy?")
-# Failure is told apart from slowness by multiples of the beat: at 1 s the demo need not wait a minute for it.
-BEAT_S = 1.0
 
 
 @dataclass
@@ -63,9 +61,7 @@ class Demo:
 
     def start_controlplane(self) -> None:
         """`controlplane dev`: PostgreSQL, the broker, REST, the gateway and gRPC, on ports that are free."""
-        program = self.programs.start(
-            "controlplane", ["controlplane", "dev", "--data-dir", self.data_dir, "--beat", f"{BEAT_S:g}s"]
-        )
+        program = self.programs.start("controlplane", ["controlplane", "dev", "--data-dir", self.data_dir])
         self._runtime = self._wait_for_runtime(program, self.data_dir)
         token = (self.data_dir / "admin.token").read_text().strip()
         self._client = Client(_url(self._runtime["http"]), token)

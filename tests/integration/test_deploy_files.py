@@ -4,15 +4,22 @@ the demo's manifests for the control plane's."""
 from __future__ import annotations
 
 import configparser
+import queue
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paho.mqtt import client as mqtt
 
+from controlplane.node_api.pki import Pki
 from fleetctl import manifests
 from slmfleet.config import load
+from tests.support.processes import Child, free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
@@ -75,13 +82,71 @@ def test_the_example_of_the_control_plane_is_read_by_the_control_plane() -> None
     assert "postgresql" in config.postgres_url
 
 
-def test_mosquitto_reads_its_example(tmp_path: Path) -> None:
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[tuple[Pki, int]]:
+    """Mosquitto with the example's configuration: its port, and the authority that it trusts."""
     program = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
     if program is None:
         pytest.skip("mosquitto is not installed")
+    pki = Pki.open(tmp_path / "pki", ["localhost"])
+    port = free_port()
     text = (DEPLOY / "mosquitto.conf").read_text()
-    keys = {line.split()[0] for line in text.splitlines() if line.strip() and not line.startswith("#")}
-    assert {"listener", "cafile", "certfile", "keyfile", "require_certificate", "use_identity_as_username"} <= keys
+    text = text.replace("/etc/mosquitto/slmfleet/mosquitto.acl", str(DEPLOY / "mosquitto.acl"))
+    text = text.replace("/etc/mosquitto/slmfleet", str(tmp_path / "pki")).replace("8883", f"{port} 127.0.0.1")
+    text = text.replace("/var/lib/mosquitto/", f"{tmp_path}/") + "\nuser root\nlog_dest stderr\n"
+    (tmp_path / "mosquitto.conf").write_text(text)
+    with Child([program, "-c", tmp_path / "mosquitto.conf"]) as child:
+        child.wait_for_line("mosquitto version .* running")
+        yield pki, port
+
+
+def client(pki: Pki, port: int, folder: Path, name: str, heard: queue.Queue[str]) -> mqtt.Client:
+    """A connected client with a certificate for ``name``, made as an operator makes it."""
+    key, certificate = folder / f"{name}.key", folder / f"{name}.pem"
+    authority = folder / "pki"
+    request = ["openssl", "req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    csr = subprocess.run([*request, "-keyout", key, "-subj", f"/CN={name}"], capture_output=True, check=True).stdout
+    sign = ["openssl", "x509", "-req", "-CA", authority / "ca.pem", "-CAkey", authority / "ca.key", "-days", "1"]
+    subprocess.run([*sign, "-out", certificate], input=csr, capture_output=True, check=True)
+    made = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=name, protocol=mqtt.MQTTv5)
+    made.tls_set(str(authority / "ca.pem"), str(certificate), str(key))
+    made.on_connect = lambda *_: heard.put("connected")
+    made.on_subscribe = lambda _c, _u, _m, codes, _p: heard.put(f"subscribed {codes[0]}")
+    made.on_message = lambda _c, _u, message: heard.put(message.topic)
+    made.connect("localhost", port)
+    made.loop_start()
+    assert heard.get(timeout=10) == "connected"
+    return made
+
+
+def test_mosquitto_lets_a_node_write_below_its_own_id_and_nowhere_else(broker: tuple[Pki, int], tmp_path: Path) -> None:
+    pki, port = broker
+    heard: queue.Queue[str] = queue.Queue()
+    server = client(pki, port, tmp_path, "controlplane", heard)
+    node = client(pki, port, tmp_path, "node-1", queue.Queue())
+    try:
+        server.subscribe("slmfleet/v1/#", qos=1)
+        assert "Granted" in heard.get(timeout=10)
+        node.publish("slmfleet/v1/node-2/metrics", b"forged", qos=1).wait_for_publish(10)
+        node.publish("slmfleet/v1/node-1/metrics", b"true", qos=1).wait_for_publish(10)
+        assert heard.get(timeout=10) == "slmfleet/v1/node-1/metrics"
+        assert heard.empty()
+    finally:
+        for made in (server, node):
+            made.disconnect()
+            made.loop_stop()
+
+
+def test_mosquitto_refuses_who_has_no_certificate(broker: tuple[Pki, int], tmp_path: Path) -> None:
+    _, port = broker
+    context = ssl.create_default_context(cafile=tmp_path / "pki/ca.pem")
+    # TLS 1.3 lets the client finish first: the refusal comes with the first read.
+    with (
+        socket.create_connection(("localhost", port), timeout=10) as plain,
+        pytest.raises(ssl.SSLError),
+        context.wrap_socket(plain, server_hostname="localhost") as secured,
+    ):
+        secured.recv(1)
 
 
 def test_the_demo_has_a_model_an_agent_and_a_deployment_of_two_replicas() -> None:
