@@ -383,11 +383,11 @@ KINDS: dict[str, type[Model] | type[Agent] | type[Group] | type[Deployment]] = {
 }
 
 
-def json_schema(kind: str) -> dict[str, Any]:
+def json_schema(kind: str, ref_template: str = "#/$defs/{model}") -> dict[str, Any]:
     """JSON Schema (2020-12) of a kind's manifests. Raises KeyError for an unknown kind."""
-    schema = KINDS[kind].model_json_schema(by_alias=True, mode="validation")
-    # onDisconnect is filled in when it is absent (DeploymentSpec._fill_by_mode).
+    schema = KINDS[kind].model_json_schema(by_alias=True, mode="validation", ref_template=ref_template)
     if kind == "Deployment":
+        # onDisconnect is filled in when it is absent (DeploymentSpec._fill_by_mode).
         del schema["$defs"]["DeploymentSpec"]["required"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
