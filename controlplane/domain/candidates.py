@@ -1,0 +1,192 @@
+"""Which nodes can take a replica, why the others cannot, and which is best.
+
+Filters are asked in order; the first that says no gives the node's reason. Scores are a weighted sum of fractions, so
+that 1.0 is the best of all worlds; the weights are below. Equal scores go to the first name.
+
+Memory: a worker needs its weights, a tenth of them for context and scratch, and 96 MiB of program (measured with
+llama.cpp and SmolLM2: 193 MB for a file of 98 MB). At most 80 % of a node's memory is given out. Models that stay
+loaded add up; of those that are loaded on demand only the largest counts, because the node swaps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from controlplane.domain.fleet import Deployment, Node, Replica, Revision, Variant, effective_revision
+from controlplane.domain.liveness import NodeState
+from slmfleet.units import format_size
+
+MEMORY_SHARE = 0.8
+WORKER_BYTES = 96 * 2**20
+SCRATCH_SHARE = 0.1
+DISK_RESERVE_BYTES = 256 * 2**20
+WEIGHT_ON_DISK, WEIGHT_MEMORY, WEIGHT_LOAD = 0.4, 0.3, 0.3
+
+
+class Filter(StrEnum):
+    """What can speak against a node; the value is the word for counts ("2 are drained")."""
+
+    SELECTOR = "not selected by its labels"
+    TAKEN = "running it already"
+    DRAINED = "drained"
+    STATE = "not online"
+    FORMAT = "without a backend for its formats"
+    MEMORY = "short of memory"
+    LIMIT = "at their limit of replicas"
+    DISK = "short of disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why a node cannot take the replica: the filter and a sentence about this node."""
+
+    filter: Filter
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The node can take it. ``score`` 0 to 1; ``sentence`` says what it is made of."""
+
+    score: float
+    sentence: str
+    variant: Variant
+
+
+def memory_need(variant: Variant) -> int:
+    """Bytes that a loaded worker needs; see the module's text."""
+    return int(variant.size_bytes * (1 + SCRATCH_SHARE)) + WORKER_BYTES
+
+
+def choose_variant(node: Node, variants: Sequence[Variant]) -> Variant | Rejection:
+    """The first variant that a backend of the node can load and that fits its memory alone.
+
+    A node whose inventory is unknown is not judged.
+    """
+    loadable = [variant for variant in variants if not node.formats or variant.format in node.formats]
+    if not loadable:
+        offered = ", ".join(sorted({variant.format for variant in variants})) or "no format"
+        has = ", ".join(sorted(node.formats)) or "none"
+        return Rejection(Filter.FORMAT, f"the model comes as {offered}, and its backends load {has}")
+    limit = node.memory_bytes * MEMORY_SHARE
+    fitting = [variant for variant in loadable if not node.memory_bytes or memory_need(variant) <= limit]
+    if fitting:
+        return fitting[0]
+    least = min(map(memory_need, loadable))
+    return Rejection(
+        Filter.MEMORY,
+        f"the model needs {format_size(least)} of memory, and {format_size(limit)} of its "
+        f"{format_size(node.memory_bytes)} may be used",
+    )
+
+
+@dataclass(slots=True)
+class _Use:
+    """What one node has taken on: models by what they need, files that are or will be on disk."""
+
+    replicas: int = 0
+    warm: dict[str, int] = field(default_factory=dict)
+    cold: dict[str, int] = field(default_factory=dict)
+    on_disk: set[str] = field(default_factory=set)
+    to_fetch: dict[str, int] = field(default_factory=dict)
+
+    def memory(self) -> int:
+        cold = [need for model, need in self.cold.items() if model not in self.warm]
+        return sum(self.warm.values()) + max(cold, default=0)
+
+
+class Ledger:
+    """What all nodes have taken on; a planner's scratch paper, so that two placements do not spend one free byte."""
+
+    def __init__(
+        self, deployments: Mapping[str, Deployment], nodes: Mapping[str, Node], replicas: Iterable[Replica]
+    ) -> None:
+        self._use: dict[str, _Use] = {node_id: _Use() for node_id in nodes}
+        for replica in replicas:
+            node, deployment = nodes.get(replica.node_id), deployments.get(replica.deployment)
+            revision = effective_revision(deployment, node) if deployment and node else None
+            if node is None or deployment is None or revision is None:
+                continue
+            variant = choose_variant(node, revision.variants)
+            if isinstance(variant, Variant):
+                self.take(deployment, revision, node, variant, staged=replica.staged)
+            else:
+                self._use[node.id].replicas += 1
+
+    def take(self, deployment: Deployment, revision: Revision, node: Node, variant: Variant, *, staged: bool) -> None:
+        """Count a replica of ``revision`` on ``node``."""
+        use = self._use[node.id]
+        use.replicas += 1
+        (use.cold if deployment.warm == 0 else use.warm)[_model(revision, variant)] = memory_need(variant)
+        if staged:
+            use.on_disk |= set(variant.files)
+        else:
+            use.to_fetch |= variant.files
+
+    def judge(self, deployment: Deployment, revision: Revision, node: Node) -> Fit | Rejection:
+        """The filters from ``state`` on, then the score."""
+        if node.drained:
+            return Rejection(Filter.DRAINED, "it is drained")
+        if node.state is not NodeState.ONLINE:
+            return Rejection(Filter.STATE, f"it is {node.state}")
+        variant = choose_variant(node, revision.variants)
+        if isinstance(variant, Rejection):
+            return variant
+        use = self._use[node.id]
+        if node.max_replicas and use.replicas >= node.max_replicas:
+            return Rejection(Filter.LIMIT, f"it holds {use.replicas} replicas, and its limit is {node.max_replicas}")
+        after = self._memory_after(deployment, revision, node, variant)
+        limit = node.memory_bytes * MEMORY_SHARE
+        if node.memory_bytes and after > limit:
+            return Rejection(
+                Filter.MEMORY,
+                f"with its other models it would need {format_size(after)} of memory, and {format_size(limit)} of its "
+                f"{format_size(node.memory_bytes)} may be used",
+            )
+        missing = {digest: size for digest, size in variant.files.items() if digest not in use.on_disk}
+        queued = sum((use.to_fetch | missing).values())
+        if node.disk_free_bytes and missing and queued + DISK_RESERVE_BYTES > node.disk_free_bytes:
+            return Rejection(
+                Filter.DISK,
+                f"{format_size(queued)} must be fetched and {format_size(DISK_RESERVE_BYTES)} stay free, and the disk "
+                f"has {format_size(node.disk_free_bytes)}",
+            )
+        return _score(node, use, after, missing, variant)
+
+    def _memory_after(self, deployment: Deployment, revision: Revision, node: Node, variant: Variant) -> int:
+        use = self._use[node.id]
+        model = {_model(revision, variant): memory_need(variant)}
+        after = (
+            _Use(warm=use.warm, cold=use.cold | model)
+            if deployment.warm == 0
+            else _Use(warm=use.warm | model, cold=use.cold)
+        )
+        return after.memory()
+
+
+def _score(node: Node, use: _Use, memory_after: int, missing: Mapping[str, int], variant: Variant) -> Fit:
+    on_disk = 1 - sum(missing.values()) / variant.size_bytes if variant.size_bytes else 1.0
+    headroom = 1 - memory_after / node.memory_bytes if node.memory_bytes else 0.5
+    load = 1 / (1 + use.replicas)
+    # Rounded, so that equal nodes are equal whatever the order of floating-point sums.
+    score = round(WEIGHT_ON_DISK * on_disk + WEIGHT_MEMORY * max(headroom, 0.0) + WEIGHT_LOAD * load, 6)
+    sentence = (
+        f"{on_disk:.0%} of the model is on its disk, {max(headroom, 0.0):.0%} of its memory stays free, "
+        f"{use.replicas} other replica{'' if use.replicas == 1 else 's'}"
+    )
+    return Fit(score, sentence, variant)
+
+
+def _model(revision: Revision, variant: Variant) -> str:
+    # One worker per model version and variant, whoever uses it.
+    return f"{revision.model}@{revision.model_version}/{variant.name}"
+
+
+def reject_static(deployment: Deployment, revision: Revision, node: Node) -> Rejection | None:
+    """What speaks against a replica on ``node`` for good, however the fleet is doing: labels, formats, memory."""
+    if not deployment.matches(node.labels):
+        return Rejection(Filter.SELECTOR, "its labels do not match the selector")
+    variant = choose_variant(node, revision.variants)
+    return variant if isinstance(variant, Rejection) else None
