@@ -18,7 +18,7 @@ class BlobWriter(Protocol):
     """The part of the artifact store that uploads need."""
 
     async def write(self, sha256: str, chunks: AsyncIterator[bytes]) -> int:
-        """Store the bytes and return how many there were. Raises ValueError when they are not ``sha256``."""
+        """Store the bytes and return how many there were. Raises DigestMismatch, StoreFull or OSError."""
         ...
 
 

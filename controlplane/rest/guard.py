@@ -5,7 +5,6 @@ It checks the key, bounds the body, and turns what nobody expected into a proble
 
 from __future__ import annotations
 
-import asyncio
 import re
 import secrets
 
@@ -22,7 +21,8 @@ log = logs.get(__name__)
 PREFIX = "/api/"
 PRINCIPAL = "slmfleet.principal"
 _UPLOAD = re.compile(r"/api/v1/uploads/[^/]+")
-_LOST = (sa.exc.InterfaceError, sa.exc.OperationalError, sa.exc.TimeoutError, asyncpg.PostgresConnectionError)
+# SQLSTATE classes: connection exception, insufficient resources, operator intervention.
+_LOST_STATES = ("08", "53", "57P")
 
 
 def principal_of(scope: Scope) -> Principal:
@@ -113,6 +113,9 @@ def _unexpected(scope: Scope, error: Exception) -> ApiProblem:
 
 
 def _is_lost(error: BaseException) -> bool:
+    """Whether the database is away, starting, stopping or full of connections. Routes with files of their own handle
+    their OSErrors themselves: what arrives here came from a socket to Postgres."""
     if isinstance(error, sa.exc.DBAPIError):
-        return error.connection_invalidated or isinstance(error, _LOST)
-    return isinstance(error, (*_LOST, ConnectionError, asyncio.TimeoutError))
+        state = str(getattr(error.orig, "sqlstate", None) or "")
+        return error.connection_invalidated or state.startswith(_LOST_STATES)
+    return isinstance(error, (OSError, TimeoutError, sa.exc.TimeoutError, asyncpg.PostgresConnectionError))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -14,6 +15,7 @@ import sqlalchemy as sa
 from fastapi import FastAPI
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from controlplane.artifacts.store import BlobStore
 from controlplane.db import api_keys
 from controlplane.db.engine import make_engine
 from controlplane.rest.app import build_rest
@@ -25,24 +27,6 @@ PROBLEM = "application/problem+json"
 
 
 @dataclass
-class MemoryBlobs:
-    """An artifact store in memory."""
-
-    stored: dict[str, bytes] = field(default_factory=dict)
-    error: Exception | None = None
-
-    async def write(self, sha256: str, chunks: AsyncIterator[bytes]) -> int:
-        """Keep the bytes, if they are what they should be."""
-        content = b"".join([chunk async for chunk in chunks])
-        if self.error:
-            raise self.error
-        if (found := hashlib.sha256(content).hexdigest()) != sha256:
-            raise ValueError(f"the bytes have SHA-256 {found}, not {sha256}")
-        self.stored[sha256] = content
-        return len(content)
-
-
-@dataclass
 class Api:
     """A client with an admin key, and what is behind it."""
 
@@ -50,8 +34,7 @@ class Api:
     app: FastAPI
     engine: AsyncEngine
     authenticator: Authenticator
-    blobs: MemoryBlobs
-    url: str
+    blobs: BlobStore
 
     async def call(
         self,
@@ -90,22 +73,25 @@ class Api:
 async def serving(url: str, **options: Any) -> AsyncIterator[Api]:
     """The API over the migrated database at ``url``; ``options`` go to ``build_rest``."""
     engine = make_engine(url)
+    folder = tempfile.TemporaryDirectory(prefix="slmfleet-blobs-")
+    blobs = BlobStore(Path(folder.name))
+    blobs.prepare()
     try:
         async with engine.begin() as connection:
             secret = await api_keys.replace(connection, "tests", "admin")
-        authenticator, blobs = Authenticator(engine), MemoryBlobs()
+        authenticator = Authenticator(engine)
         info = ServerInfo(5.0, 15.0, {"node_api": "127.0.0.1:8444"}, "http://127.0.0.1:8080/v1")
-        app = build_rest(
-            engine, authenticator=authenticator, blobs=blobs, ca_fingerprint=FINGERPRINT, info=info, **options
-        )
+        parts = {"authenticator": authenticator, "blobs": blobs, "ca_fingerprint": FINGERPRINT, "info": info}
+        app = build_rest(engine, **(parts | options))
         async with httpx2.AsyncClient(
             transport=httpx2.ASGITransport(app, raise_app_exceptions=False),
             base_url="http://fleet",
             headers={"authorization": f"Bearer {secret}"},
         ) as client:
-            yield Api(client, app, engine, authenticator, blobs, url)
+            yield Api(client, app, engine, authenticator, blobs)
     finally:
         await engine.dispose()
+        folder.cleanup()
 
 
 def run(url: str, test: Callable[[Api], Awaitable[None]], **options: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 from typing import Annotated, Any
 
 import sqlalchemy as sa
@@ -12,6 +11,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.dialects.postgresql import insert
 
 import slmfleet
+from controlplane.artifacts.store import DigestMismatch, StoreFull
 from controlplane.db import audit, migrate, objects, tables
 from controlplane.db.engine import hint
 from controlplane.domain.names import SHA256_PATTERN
@@ -23,7 +23,6 @@ from slmfleet.errors import UserError
 log = logs.get(__name__)
 # Seconds in which the database must answer a readiness probe.
 _READY_TIMEOUT_S = 2.0
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def router(context: Context) -> APIRouter:
@@ -61,12 +60,13 @@ def _add_uploads(routes: APIRouter, context: Context) -> None:
     ) -> dict[str, Any]:
         try:
             size = await context.blobs.write(sha256, request.stream())
-        except ValueError as error:
+        except DigestMismatch as error:
             raise ApiProblem(422, str(error), "digest-mismatch") from error
+        except StoreFull as error:
+            raise ApiProblem(507, str(error), "full") from error
         except OSError as error:
-            if error.errno not in _NO_SPACE:
-                raise
-            raise ApiProblem(507, "the artifact store is full: free space, then upload again", "full") from error
+            # Not an OSError any more: the guard takes those for a database that is away.
+            raise RuntimeError("the artifact store cannot be written") from error
         statement = insert(tables.blobs).values(sha256=sha256, size_bytes=size).on_conflict_do_nothing()
         async with context.engine.begin() as connection:
             await connection.execute(statement)
