@@ -1,0 +1,270 @@
+"""The loop around the plan of ``agentd.convergence``: load what is, plan, act; again when something changed.
+
+Level-triggered: every pass derives all from the stored document and the disk. ``poke`` only wakes it early; the timer
+behind it is the truth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from agentd.artifacts.fetch import Cancelled, Fetched, FetchFailed, Stop
+from agentd.artifacts.marks import Marks
+from agentd.artifacts.quota import Room
+from agentd.artifacts.store import ArtifactStore, Blob
+from agentd.board import StatusBoard
+from agentd.convergence import (
+    Actual,
+    Failure,
+    Fetch,
+    Limits,
+    Link,
+    Plan,
+    RemoveBlob,
+    RemovePartial,
+    RemoveView,
+    Step,
+    Verify,
+    plan,
+    retry_delay_s,
+)
+from agentd.device.clock import boottime_s, wall_s
+from agentd.models.types import ModelHost
+from agentd.telemetry.events import EventLog
+from slmfleet import logs
+from slmfleet.v1 import state_pb2 as pb
+
+log = logs.get(__name__)
+
+PERIOD_S = 10.0
+PROGRESS_EVERY_S = 0.5
+
+# Bytes into the partial file: (sha256, size, stop) -> Fetched. Blocking.
+Fetcher = Callable[[str, int, Stop], Fetched]
+
+
+class Desired(Protocol):
+    """What the loop needs of the owner of the desired state."""
+
+    @property
+    def document(self) -> pb.NodeDocument | None:
+        """The newest document; None on a node that never got one."""
+
+    @property
+    def generation(self) -> int:
+        """Its generation."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLimits:
+    """The part of the configuration that convergence needs."""
+
+    formats: frozenset[str]
+    keep_alive_s: float
+    context_tokens: int
+    cache_bytes: int
+    disk_reserve_bytes: int
+
+
+class Converger:
+    """Owns the artifact store and what is known about attempts. ``planned`` is called with each new plan."""
+
+    def __init__(
+        self,
+        desired: Desired,
+        store: ArtifactStore,
+        marks: Marks,
+        host: ModelHost,
+        fetcher: Fetcher,
+        board: StatusBoard,
+        events: EventLog,
+        limits: NodeLimits,
+        planned: Callable[[Plan], None],
+    ) -> None:
+        self._desired = desired
+        self._store = store
+        self._marks = marks
+        self._host = host
+        self._fetcher = fetcher
+        self._board = board
+        self._events = events
+        self._limits = limits
+        self._planned = planned
+        self._wake = asyncio.Event()
+        self._failures: dict[str, Failure] = {}
+        self._linked: set[tuple[str, str]] = set()
+        self._download: _Download | None = None
+        # When the last pass ended (CLOCK_BOOTTIME): the watchdog's proof of progress.
+        self.last_pass_s = boottime_s()
+
+    def poke(self) -> None:
+        """Something changed: plan again soon."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Converge until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                current = await self.step(tasks)
+                self._wake_before(current)
+                try:
+                    async with asyncio.timeout(self._sleep_s(current)):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass
+                self._wake.clear()
+
+    async def settle(self) -> None:
+        """Act on what is on disk, without any download: at start, before anybody waits for a network."""
+        for _ in range(8):
+            current = await self.step(None)
+            if all(isinstance(step, Fetch) for step in current.steps):
+                return
+
+    async def step(self, tasks: asyncio.TaskGroup | None) -> Plan:
+        """One pass. ``tasks`` runs the download; None: none is started."""
+        actual = await self._load()
+        document, generation = self._desired.document, self._desired.generation
+        current = plan(document, generation, actual, await self._bounds(), boottime_s())
+        if self._download and self._download.sha256 not in current.needed:
+            self._download.stop.set()
+        removals = [step for step in current.steps if isinstance(step, (RemoveView, RemoveBlob, RemovePartial))]
+        for step in current.steps:
+            if step not in removals and not isinstance(step, Fetch):
+                await self._act(step)
+        if document is not None:
+            self._host.set_models(current.models)
+        self._planned(current)
+        for step in removals:
+            await self._act(step)
+        for step in current.steps:
+            if isinstance(step, Fetch) and tasks is not None:
+                self._download = _Download(step.sha256, Stop())
+                tasks.create_task(self._fetch(step, self._download), name=f"fetch {step.sha256[:12]}")
+        self._report(current)
+        self.last_pass_s = boottime_s()
+        return current
+
+    def _sleep_s(self, current: Plan) -> float:
+        if self._download is not None:
+            return PROGRESS_EVERY_S
+        if current.wake_at_s is None:
+            return PERIOD_S
+        return min(PERIOD_S, max(current.wake_at_s - boottime_s(), 0.05))
+
+    def _wake_before(self, current: Plan) -> None:
+        """Steps that were just applied make others possible: no waiting in between."""
+        if any(isinstance(step, (Link, Verify, RemoveBlob)) for step in current.steps):
+            self._wake.set()
+
+    async def _load(self) -> Actual:
+        blobs, partial, views = await asyncio.to_thread(self._look)
+        marks = await self._marks.load()
+        verified = {blob.sha256: blob.size_bytes for blob in blobs if marks.get(blob.sha256, (None,))[0] == blob}
+        return Actual(
+            verified=verified,
+            unverified={blob.sha256: blob.size_bytes for blob in blobs if blob.sha256 not in verified},
+            partial=partial,
+            used_at={digest: used for digest, (_, used) in marks.items()},
+            failures=dict(self._failures),
+            fetching=self._download.sha256 if self._download else "",
+            views=views,
+            linked=frozenset(self._linked & views),
+            models={status.key: status for status in self._host.status()},
+        )
+
+    def _look(self) -> tuple[list[Blob], dict[str, int], frozenset[tuple[str, str]]]:
+        return self._store.blobs(), self._store.partial_sizes(), frozenset(self._store.views())
+
+    async def _bounds(self) -> Limits:
+        free = await asyncio.to_thread(self._store.free_bytes)
+        return Limits(
+            formats=self._limits.formats,
+            room=Room(self._limits.cache_bytes, free, self._limits.disk_reserve_bytes),
+            views_root=self._store.root / "views",
+            keep_alive_s=self._limits.keep_alive_s,
+            context_tokens=self._limits.context_tokens,
+        )
+
+    async def _act(self, step: Step) -> None:
+        log.info("converging", step=type(step).__name__, reason=step.reason, what=_what(step))
+        match step:
+            case Verify(sha256):
+                blob = await asyncio.to_thread(self._store.verify, sha256)
+                if blob is None:
+                    await self._events.record("error", "DigestMismatch", "a file on disk was damaged; it was deleted",
+                                              f"artifact/{sha256}")  # fmt: skip
+                else:
+                    await self._marks.remember(blob, wall_s())
+            case Link(digest, variant, files):
+                await asyncio.to_thread(self._store.link_view, digest, variant, list(files))
+                await self._marks.touch([sha256 for _, sha256 in files], wall_s())
+                self._linked.add((digest, variant))
+            case RemoveView(digest, variant):
+                self._linked.discard((digest, variant))
+                await asyncio.to_thread(self._store.remove_view, digest, variant)
+            case RemoveBlob(sha256):
+                await asyncio.to_thread(self._store.remove_blob, sha256)
+                await self._marks.forget(sha256)
+            case RemovePartial(sha256):
+                await asyncio.to_thread(self._store.remove_partial, sha256)
+
+    async def _fetch(self, step: Fetch, download: _Download) -> None:
+        """Download one file; what it did shows in the store and in ``_failures``, then plan again."""
+        log.info("fetching a file", sha256=step.sha256[:12], size_bytes=step.size_bytes, reason=step.reason)
+        began_s = boottime_s()
+        try:
+            fetched = await asyncio.to_thread(self._fetcher, step.sha256, step.size_bytes, download.stop)
+            blob = await asyncio.to_thread(self._store.adopt, step.sha256)
+            await self._marks.remember(blob, wall_s())
+            self._failures.pop(step.sha256, None)
+            log.info("fetched a file", sha256=step.sha256[:12], seconds=round(boottime_s() - began_s, 3),
+                     resumed_from=fetched.resumed_from)  # fmt: skip
+        except Cancelled:
+            log.info("a download was stopped", sha256=step.sha256[:12])
+        except (FetchFailed, OSError) as error:
+            await self._failed(step, error)
+        finally:
+            # A cancelled task leaves a thread behind that must not outlive the daemon.
+            download.stop.set()
+            self._download = None
+            self.poke()
+
+    async def _failed(self, step: Fetch, error: FetchFailed | OSError) -> None:
+        reason = error.reason if isinstance(error, FetchFailed) else "FetchFailed"
+        before = self._failures.get(step.sha256)
+        attempts = before.attempts + 1 if before else 1
+        retry_at_s = boottime_s() + retry_delay_s(attempts, random.random())
+        self._failures[step.sha256] = Failure(reason, str(error), retry_at_s, attempts)
+        log.warning("a file could not be fetched", sha256=step.sha256[:12], reason=reason, error=str(error),
+                    attempts=attempts)  # fmt: skip
+        if before is None or before.reason != reason:
+            await self._events.record("warning", reason, str(error), f"artifact/{step.sha256}")
+
+    def forgive(self) -> None:
+        """The link to the control plane is new: do not wait out the back-off of failed downloads."""
+        self._failures = {
+            digest: failure for digest, failure in self._failures.items() if failure.reason == "DigestMismatch"
+        }
+        self.poke()
+
+    def _report(self, current: Plan) -> None:
+        for status in self._board.put_up(current.statuses, int(wall_s() * 1000)):
+            facts = {item.type.lower(): item.reason for item in status.conditions}
+            log.debug("assignment status", assignment=status.id, **facts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Download:
+    sha256: str
+    stop: Stop
+
+
+def _what(step: Step) -> str:
+    if isinstance(step, (Link, RemoveView)):
+        return f"{step.digest[:12]}/{step.variant}"
+    return step.sha256[:12]

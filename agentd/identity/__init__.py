@@ -1,0 +1,1 @@
+"""Who this node is: a key made here, a certificate for it, and the authorities it trusts."""
