@@ -28,7 +28,8 @@ def parse_size(value: str | int) -> int:
     factor = _SIZE_UNITS.get(match[2].upper()) if match else None
     if match is None or factor is None:
         raise ValueError(f"{value!r} is no size: write bytes, or a number with a unit, such as 512Mi, 4Gi or 4GB")
-    return int(float(match[1]) * factor)
+    # A float would round whole numbers above 2**53.
+    return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
 
 
 def format_size(size: float) -> str:
