@@ -82,7 +82,7 @@ def _agent() -> list[Column]:
 def _deployment() -> list[Column]:
     return [
         Column("RUNS", runs),
-        Column("MODE", mode),
+        Column("MODE", mode, wide=True),
         Column("READY", lambda row: f"{at(row, 'status.ready', 0)}/{at(row, 'status.desired', 0)}"),
         Column("WARM", lambda row: str(at(row, "status.warm", 0)), right=True),
         Column("REV", text("status.revision"), right=True),

@@ -105,7 +105,7 @@ def show(console: Console, page: Sequence[Block]) -> None:
         if block.pairs:
             screen.fields(console, block.pairs, indent)
         if block.rows:
-            screen.table(console, block.columns, block.rows, indent=indent)
+            screen.table(console, block.columns, block.rows, indent=indent, wrap=True)
         for line in block.text.splitlines():
             console.print(textwrap.fill(line, width, initial_indent=" " * indent, subsequent_indent=" " * indent))
         if not (block.pairs or block.rows or block.text):
@@ -140,7 +140,7 @@ def _node(described: Described, now: datetime.datetime) -> list[Block]:
             now,
             ("State", f"{status.get('state', '-')} for {since}{reason}"),
             ("Connected", "yes" if status.get("connected") else "no"),
-            ("Last seen", f"{human.age(status.get('lastSeenAt'), now)} ago"),
+            ("Last seen", f"{human.age(status['lastSeenAt'], now)} ago" if status.get("lastSeenAt") else "never"),
             ("agentd", str(status.get("agentdVersion", ""))),
             ("Local API", str(status.get("localApi", ""))),
             ("Desired state", f"generation {desired}, {settled}"),

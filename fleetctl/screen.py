@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,8 @@ from rich.text import Text
 GAP = "   "
 # Words that say how a thing is doing, and how they look. Anything else is plain.
 _STYLES = {
-    "green": "online ready warm active created yes True",
-    "yellow": "suspect reconciling draining drained fetching pending staged changed loading warning",
+    "green": "online ready warm active created yes true",
+    "yellow": "suspect reconciling draining drained fetching pending staged changed loading warning false",
     "red": "disconnected lost failed degraded error expired",
     "dim": "unchanged used revoked - no",
 }
@@ -56,31 +57,54 @@ def style_of(text: str) -> str:
     return _STYLE_OF.get(first, "")
 
 
-def lines(columns: Sequence[Column], rows: Sequence[Row], width: int | None, indent: int = 0) -> list[Text]:
-    """Heading and rows, aligned. ``width`` None: nothing is cut; else the widest left-aligned columns give way."""
+def lines(
+    columns: Sequence[Column], rows: Sequence[Row], width: int | None, indent: int = 0, wrap: bool = False
+) -> list[Text]:
+    """Heading and rows, aligned. ``width`` None: nothing is cut; else columns give way until a line fits.
+
+    ``wrap``: what the last column loses stands on further lines instead of being cut.
+    """
     cells = [[" ".join(column.cell(row).split()) or "-" for column in columns] for row in rows]
     table = [[column.title for column in columns], *cells]
     widths = [max(cell_len(row[index]) for row in table) for index in range(len(columns))]
     if width is not None:
         _fit(widths, [column.right for column in columns], width - indent - len(GAP) * (len(columns) - 1))
-    texts = []
-    for number, row in enumerate(table):
-        line = Text(" " * indent)
-        for index, (column, cell) in enumerate(zip(columns, row, strict=True)):
-            padded = _pad(cell, widths[index], column.right, last=index == len(columns) - 1)
-            line.append(padded, style="bold" if number == 0 else "" if index == 0 else style_of(cell))
-            line.append(GAP if index < len(columns) - 1 else "")
-        line.rstrip()
-        texts.append(line)
-    return texts
+    return [
+        line
+        for number, row in enumerate(table)
+        for part, piece in enumerate(_wrapped(row, widths) if wrap else [row])
+        for line in [_line(columns, piece, widths, indent, heading=number == 0, more=part > 0)]
+    ]
+
+
+def _wrapped(row: list[str], widths: list[int]) -> list[list[str]]:
+    pieces = textwrap.wrap(row[-1], widths[-1]) or [""]
+    blank = [""] * (len(row) - 1)
+    return [[*row[:-1], pieces[0]], *([*blank, piece] for piece in pieces[1:])]
+
+
+def _line(
+    columns: Sequence[Column], row: list[str], widths: list[int], indent: int, *, heading: bool, more: bool
+) -> Text:
+    line = Text(" " * indent)
+    last = len(columns) - 1
+    for index, (column, cell) in enumerate(zip(columns, row, strict=True)):
+        style = "bold" if heading else "" if index == 0 or more else style_of(cell)
+        line.append(_pad(cell, widths[index], column.right, last=index == last), style=style)
+        line.append(GAP if index < last else "")
+    line.rstrip()
+    return line
 
 
 def _fit(widths: list[int], fixed: Sequence[bool], room: int) -> None:
+    """Narrow columns until they fit: the last one first, down to a few words, then whichever is widest."""
+    last = len(widths) - 1
     while sum(widths) > room:
-        widest = max((w, i) for i, w in enumerate(widths) if not fixed[i])
-        if widest[0] <= 8:
+        give = [last] if widths[last] > 24 and not fixed[last] else [i for i in range(len(widths)) if not fixed[i]]
+        widest = max(give, key=lambda index: widths[index])
+        if widths[widest] <= 8:
             return
-        widths[widest[1]] -= 1
+        widths[widest] -= 1
 
 
 def _pad(cell: str, width: int, right: bool, last: bool) -> str:
@@ -91,16 +115,21 @@ def _pad(cell: str, width: int, right: bool, last: bool) -> str:
 
 
 def table(
-    console: Console, columns: Sequence[Column], rows: Sequence[Row], wide: bool = False, indent: int = 0
+    console: Console,
+    columns: Sequence[Column],
+    rows: Sequence[Row],
+    wide: bool = False,
+    indent: int = 0,
+    wrap: bool = False,
 ) -> None:
-    """Print a table; ``wide`` adds the columns that say so and cuts nothing."""
+    """Print a table; ``wide`` adds the columns that say so and cuts nothing, ``wrap`` cuts nothing of the last one."""
     shown = [
         column
         for column in columns
         if (wide or not column.wide) and not (column.sparse and not any(column.cell(row) for row in rows))
     ]
     width = console.width if console.is_terminal and not wide else None
-    for line in lines(shown, rows, width, indent):
+    for line in lines(shown, rows, width, indent, wrap):
         console.print(line)
 
 

@@ -117,7 +117,7 @@ def test_a_model_file_on_this_machine_reaches_the_server(fleetctl: Call, server:
     (tmp_path / "model.json").write_text(json.dumps(model))
     assert fleetctl("apply", "-f", str(tmp_path / "model.json"))[1] == "model/tiny created\n"
     digest = hashlib.sha256(b"GGUF and so on").hexdigest()
-    assert server.blobs.stored[digest] == b"GGUF and so on"
+    assert server.blobs.path(digest).read_bytes() == b"GGUF and so on"
     assert digest in fleetctl("get", "model", "tiny", "-o", "yaml")[1]
 
 

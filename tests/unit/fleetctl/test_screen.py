@@ -56,3 +56,11 @@ def test_no_line_is_wider_than_the_terminal(names: list[str], about: str, width:
 )  # fmt: skip
 def test_states_have_their_colour(text: str, style: str) -> None:
     assert screen.style_of(text) == style
+
+
+@given(st.text("abcdefgh  ", min_size=1, max_size=300))
+def test_wrapping_loses_no_word(about: str) -> None:
+    lines = screen.lines(COLUMNS, [{"name": "a", "about": about}], 60, wrap=True)
+    assert all(cell_len(line.plain) <= 60 for line in lines)
+    said = "".join(line.plain.split("-   ", 1)[-1] for line in lines[1:])
+    assert "".join(said.split()) == "".join(about.split() or ["-"])
