@@ -124,6 +124,11 @@ class Ingest:
         """Messages that wait here."""
         return self._source.messages.qsize()
 
+    @property
+    def overflowed(self) -> int:
+        """Messages of quality of service 0 that found no room."""
+        return self._source.overflowed
+
     async def run(self) -> None:
         """Ingest until cancelled."""
         self._source.start()

@@ -11,6 +11,7 @@ import asyncio
 import ssl
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import paho.mqtt.client as paho
@@ -20,6 +21,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from slmfleet import logs
+from slmfleet.errors import UserError
 
 log = logs.get(__name__)
 
@@ -40,9 +42,15 @@ class MqttSettings:
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     tls: bool = False
+    # PEM files: the authority of the broker's certificate (None: the system's), our own certificate and its key.
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
 
     @classmethod
-    def from_url(cls, url: str) -> MqttSettings:
+    def from_url(
+        cls, url: str, ca_file: Path | None = None, cert_file: Path | None = None, key_file: Path | None = None
+    ) -> MqttSettings:
         """``mqtt[s]://[user:password@]host[:port]``; ports default to 1883 and 8883. Raises ValueError."""
         parts = urlsplit(url)
         if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path.strip("/") or parts.query:
@@ -54,7 +62,20 @@ class MqttSettings:
             unquote(parts.username) if parts.username else None,
             unquote(parts.password) if parts.password else None,
             tls,
+            ca_file,
+            cert_file,
+            key_file,
         )
+
+    def context(self) -> ssl.SSLContext:
+        """For TLS connections. Raises UserError when a file can't be read."""
+        try:
+            context = ssl.create_default_context(cafile=self.ca_file)
+            if self.cert_file is not None:
+                context.load_cert_chain(self.cert_file, self.key_file)
+        except (OSError, ssl.SSLError) as error:
+            raise UserError(f"cannot use the files mqtt_ca_file, mqtt_cert_file, mqtt_key_file: {error}") from None
+        return context
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +109,7 @@ class MqttSource:
         if settings.username:
             self._client.username_pw_set(settings.username, settings.password)
         if settings.tls:
-            self._client.tls_set_context(ssl.create_default_context())
+            self._client.tls_set_context(settings.context())
         self._client.reconnect_delay_set(FIRST_RETRY_S, LAST_RETRY_S)
         self._client.on_connect = self._on_connect
         self._client.on_connect_fail = lambda *_: log.warning("MQTT broker out of reach", broker=self._broker)

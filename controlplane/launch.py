@@ -1,0 +1,116 @@
+"""What stands before the event loop runs: the data folder, the embedded servers, the schema, the addresses.
+
+``dev`` and ``serve`` differ here and nowhere else; ``controlplane.server`` gets a ``Ground`` and does not know which.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
+
+from controlplane import datafolder, web
+from controlplane.config import LISTENERS, Config
+from controlplane.db import migrate
+from controlplane.embedded.broker import HOST as BROKER_HOST
+from controlplane.embedded.broker import EmbeddedBroker
+from controlplane.embedded.dev import Embedded, running
+from controlplane.ingest.mqtt import MqttSettings
+from controlplane.server import Ground, run
+from slmfleet import logs
+from slmfleet.v1 import session_pb2
+
+log = logs.get(__name__)
+
+
+def dev(config: Config, explicit: frozenset[str]) -> None:
+    """``controlplane dev``, until a signal ends it. ``explicit``: the options that somebody set on purpose."""
+    folder = config.data_dir
+    with datafolder.hold(folder):
+        datafolder.remove_runtime(folder)
+        listen = choose_addresses(config, explicit, datafolder.last_ports(folder))
+        with running(
+            folder,
+            postgres=not config.postgres_url,
+            broker=not config.mqtt_url,
+            broker_port=listen["mqtt_listen"][1],
+        ) as embedded:
+            url = embedded.postgres.url() if embedded.postgres else config.postgres_url
+            migrate.upgrade(url)
+            _start(config, url, listen, embedded)
+
+
+def serve(config: Config) -> None:
+    """``controlplane serve``, until a signal ends it."""
+    with datafolder.hold(config.data_dir):
+        datafolder.remove_runtime(config.data_dir)
+        migrate.check(config.postgres_url)
+        _start(config, config.postgres_url, {name: getattr(config, name) for name in LISTENERS}, Embedded())
+
+
+def choose_addresses(config: Config, explicit: frozenset[str], last: Mapping[str, int]) -> dict[str, tuple[str, int]]:
+    """Where ``dev`` listens, by option: as somebody said; else the port of the last run (nodes look for it there),
+    else the usual one, else any free one."""
+    chosen: dict[str, tuple[str, int]] = {}
+    for name in LISTENERS:
+        host, port = getattr(config, name)
+        if name not in explicit:
+            candidates = [known for known in (last.get(name), port) if known]
+            port = next((known for known in candidates if web.is_free((host, known))), 0)
+        chosen[name] = (host, port)
+    return chosen
+
+
+def _start(config: Config, url: str, listen: Mapping[str, tuple[str, int]], embedded: Embedded) -> None:
+    ground = Ground(
+        config=config,
+        postgres_url=url,
+        own_database=embedded.postgres is not None,
+        http=web.bind(listen["http_listen"], "http_listen"),
+        listen=listen,
+        mqtt=_server_mqtt(config, embedded.broker),
+        node_mqtt=_NodeMqtt(config, embedded.broker),
+        embedded=embedded,
+        advertise=config.advertise or socket.getfqdn(),
+        say=_say,
+    )
+    with ground.http:
+        asyncio.run(run(ground))
+
+
+def _say(lines: Sequence[str]) -> None:
+    print("\n".join(lines), flush=True, file=sys.stdout)
+
+
+def _server_mqtt(config: Config, broker: EmbeddedBroker | None) -> MqttSettings:
+    if broker is None:
+        return MqttSettings.from_url(config.mqtt_url, config.mqtt_ca_file, config.mqtt_cert_file, config.mqtt_key_file)
+    username, password = broker.credentials_of_server()
+    return MqttSettings(BROKER_HOST, broker.port, username, password)
+
+
+class _NodeMqtt:
+    """What a node is told of the broker, and what people are."""
+
+    def __init__(self, config: Config, broker: EmbeddedBroker | None) -> None:
+        self._broker = broker
+        self._given = MqttSettings.from_url(config.mqtt_node_url or config.mqtt_url) if broker is None else None
+        # The login in mqtt_url is the control plane's own; the one in mqtt_node_url is there to be told.
+        self._shared_login = bool(config.mqtt_node_url and urlsplit(config.mqtt_node_url).username)
+
+    def __call__(self, node_id: str, password: str) -> session_pb2.MqttEndpoint:
+        if self._broker is not None:
+            username, password = self._broker.credentials_of_node(node_id)
+            return session_pb2.MqttEndpoint(
+                host=BROKER_HOST, port=self._broker.port, username=username, password=password
+            )
+        given = self._given
+        assert given is not None
+        username = node_id
+        if self._shared_login:
+            username, password = given.username or "", given.password or ""
+        return session_pb2.MqttEndpoint(
+            host=given.host, port=given.port, username=username, password=password, tls=given.tls
+        )
