@@ -19,7 +19,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from controlplane.db import tables
 from controlplane.db.engine import CHANNEL, hint
 
-sessions = tables.node_sessions
 desired = tables.desired_states
 operations = tables.operations
 
@@ -183,15 +182,6 @@ async def close_sessions(connection: AsyncConnection, closed: Sequence[Closed]) 
             "reasons": [row.reason for row in closed],
             "channel": CHANNEL,
         },
-    )
-
-
-async def close_sessions_of_replica(connection: AsyncConnection, replica_id: str) -> None:
-    """A replica that starts holds no stream yet: what is open under its id was cut by a crash."""
-    await connection.execute(
-        sa.update(sessions)
-        .where(sessions.c.replica_id == replica_id, sessions.c.disconnected_at.is_(None))
-        .values(disconnected_at=sa.func.clock_timestamp(), disconnect_reason="the control plane restarted")
     )
 
 

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible front door of the fleet, and the choice of the replica that answers."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from controlplane.db import sessions
 from controlplane.db.engine import Hints
 from controlplane.node_api.distributor import Distributor
 from controlplane.node_api.enrollment import EnrollmentService
@@ -113,8 +112,6 @@ class NodeApi:
             node_api=_bind(node_api, self._addresses.node_api, mutual_tls, "node_listen"),
         )
         self._endpoints = self._make_endpoints(self.ports)
-        async with self._engine.begin() as connection:
-            await sessions.close_sessions_of_replica(connection, self._replica_id)
         for server in (enrollment, node_api):
             await server.start()
             self._servers.append(server)
@@ -133,15 +130,19 @@ class NodeApi:
             await self._stop()
 
     async def _stop(self) -> None:
-        """No new calls, last words to every node, then the ends of the sessions into the database."""
+        """No new calls, last words to every node, then what they said into the database.
+
+        The rows of open sessions stay open: the end of a control plane is no fact about its nodes, and the liveness
+        rules know a dead owner from a closed stream.
+        """
         self.links.close("the control plane stops")
         await asyncio.gather(*(server.stop(_GRACE_S) for server in self._servers))
         self._servers.clear()
         try:
             async with asyncio.timeout(_GRACE_S):
                 await self._recorder.flush()
-        except Exception as error:  # noqa: BLE001 - the process ends; the rows are closed at the next start
-            log.warning("cannot write the ends of sessions", error=error)
+        except Exception as error:  # noqa: BLE001 - the process ends, whatever the database does
+            log.warning("cannot write what nodes said last", error=error)
 
     def _session_options(self) -> list[tuple[str, int]]:
         """HTTP/2 pings find a peer that is gone without a word: after about two TTLs its streams are closed."""

@@ -75,6 +75,8 @@ class Session:
         self.ended = asyncio.Event()
         self.reason = ""
         self.denied = False
+        # Ended because this process stops: that is no fact about the node, and its row stays as it is.
+        self.stopped = False
         self.outbound: asyncio.Queue[session_pb2.Down | None] = asyncio.Queue(_MAX_OUTBOUND + 2)
 
     def send(self, message: session_pb2.Down) -> bool:
@@ -88,12 +90,17 @@ class Session:
         return True
 
     def end(self, reason: str, *, denied: bool = False, come_back_s: float | None = None) -> None:
-        """Close the stream after what is queued. ``denied``: with PERMISSION_DENIED. Ending twice does nothing."""
+        """Close the stream after what is queued. Ending twice does nothing.
+
+        ``denied``: with PERMISSION_DENIED. ``come_back_s``: this process stops; the node is told to connect again after
+        about so long.
+        """
         if self.ended.is_set():
             return
         if come_back_s is not None:
             back = session_pb2.ComeBackIn(seconds=come_back_s * (0.5 + random.random()), reason=reason)
             self.outbound.put_nowait(session_pb2.Down(come_back_in=back))
+            self.stopped = True
         self.outbound.put_nowait(None)
         self.reason = reason
         self.denied = denied
@@ -147,7 +154,8 @@ class SessionService(session_pb2_grpc.NodeSessionServicer):
             self._links.detach_session(session)
             # gRPC cancels the handler of a connection that broke: then nobody gave a reason yet.
             session.end(_LOST)
-            self._recorder.closed(node_id, session.epoch, session.reason)
+            if not session.stopped:
+                self._recorder.closed(node_id, session.epoch, session.reason)
             log.info("session closed", node=node.name, epoch=session.epoch, reason=session.reason)
         if session.denied:
             await refuse(context, grpc.StatusCode.PERMISSION_DENIED, session.reason)

@@ -1,7 +1,7 @@
 """A small node that speaks the real protocol over real mutual TLS, and a control plane's node services to speak with.
 
-``NodeApiRig`` runs ``NodeApi`` on free ports against a migrated database. ``FakeNode`` enrols, opens sessions and relays;
-what it answers to relayed requests is a handler that the test gives.
+``NodeApiRig`` runs ``NodeApi`` on free ports against a migrated database. ``FakeNode`` enrols, opens sessions and
+relays; what it answers to relayed requests is a handler that the test gives.
 """
 
 from __future__ import annotations
