@@ -12,7 +12,7 @@ import slmfleet
 from controlplane.rest import docs, problems
 from controlplane.rest.auth import Authenticator
 from controlplane.rest.context import BlobWriter, Context, Explainer, ServerInfo
-from controlplane.rest.explaining import StoredExplainer
+from controlplane.rest.explaining import PlanExplainer
 from controlplane.rest.guard import Guard
 from controlplane.rest.routes import credentials, declared, nodes, observed, server
 
@@ -64,7 +64,7 @@ def build_rest(
         engine=engine,
         authenticator=authenticator,
         blobs=blobs,
-        explainer=explainer or StoredExplainer(engine),
+        explainer=explainer or PlanExplainer(engine),
         ca_fingerprint=ca_fingerprint,
         info=info,
     )

@@ -1,43 +1,33 @@
-"""Why a deployment runs where it runs, from what the controllers stored: for servers without a live explainer."""
+"""Why a deployment runs where it runs: the placement planner is asked now, on what is stored now."""
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 from typing import Any
 
-import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from controlplane.db import manifests, objects, tables
-from controlplane.domain.selectors import parse_selector
+from controlplane.db import fleet
+from controlplane.domain.explain import explain
+from controlplane.domain.failover import FailoverPolicy, storms_of
 
 
-class StoredExplainer:
-    """Reads assignments, labels and selectors; knows nothing of scores."""
+class PlanExplainer:
+    """Answers from a plan that is never carried out. ``policy`` and ``max_replicas`` as the placement controller has
+    them."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, policy: FailoverPolicy | None = None, max_replicas: int = 0) -> None:
         self._engine = engine
+        self._policy = policy or FailoverPolicy()
+        self._max_replicas = max_replicas
 
     async def explain(self, name: str) -> list[dict[str, Any]]:
-        """``{node, chosen, reason}`` for each node, by name. Raises KeyError when there is no deployment ``name``."""
+        """``{node, chosen, reason, score}`` for each node, by name. Raises KeyError when there is no deployment."""
         async with self._engine.connect() as connection:
-            declared = await manifests.load(connection)
-            nodes = (await connection.execute(objects.nodes().order_by(tables.nodes.c.name))).all()
-            query = objects.replicas().where(tables.assignments.c.deployment == name)
-            held = {row.node_id: row for row in await connection.execute(query)}
-        spec = declared.deployments[name].spec
-        texts = {f'selector "{spec.selector}"': spec.selector}
-        if spec.group is not None and spec.group in declared.groups:
-            texts[f"group {spec.group}"] = declared.groups[spec.group].selector
-        selectors = {what: parse_selector(text) for what, text in texts.items()}
-        return [_explained(node, held.get(node.id), selectors) for node in nodes]
-
-
-def _explained(node: sa.Row[Any], replica: sa.Row[Any] | None, selectors: dict[str, Any]) -> dict[str, Any]:
-    if replica is not None:
-        return {"node": node.name, "chosen": True, "reason": replica.reason or "it holds a replica"}
-    for what, selector in selectors.items():
-        if not selector.matches(node.labels):
-            return {"node": node.name, "chosen": False, "reason": f"its labels do not match {what}"}
-    if node.drained:
-        return {"node": node.name, "chosen": False, "reason": "it is drained"}
-    return {"node": node.name, "chosen": False, "reason": f"it could hold a replica; it is {node.state}"}
+            await connection.execution_options(isolation_level="REPEATABLE READ")
+            snapshot = await fleet.load_fleet(connection, self._max_replicas)
+        storms = storms_of(snapshot.nodes, self._policy)
+        # In a thread: planning for a large fleet takes long enough to be felt by others.
+        found = await asyncio.to_thread(explain, name, snapshot, storms)
+        return [dataclasses.asdict(item) for item in found]

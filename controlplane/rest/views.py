@@ -84,9 +84,11 @@ def agent_version(row: Row) -> dict[str, Any]:
 
 
 def deployment(row: Row) -> dict[str, Any]:
-    """A deployment; its status is what the controllers last wrote."""
-    unknown = {"desired": 0, "placed": 0, "ready": 0, "warm": 0, "unplaced": [], "message": "not placed yet"}
-    return _object("Deployment", row, row.spec, {"revision": row.current_revision, **unknown, **row.status})
+    """A deployment. Its counts are what the controllers last wrote, and speak of ``observedRevision``; while that is
+    less than ``revision``, the newest, they are out of date."""
+    counts = {"desired": 0, "placed": 0, "ready": 0, "warm": 0, "unplaced": [], "message": "not placed yet"}
+    revisions = {"revision": row.current_revision, "observedRevision": row.status.get("revision", 0)}
+    return _object("Deployment", row, row.spec, {**counts, **row.status, **revisions})
 
 
 def revision(row: Row) -> dict[str, Any]:

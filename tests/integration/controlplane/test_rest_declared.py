@@ -7,7 +7,9 @@ import copy
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
+from controlplane.db import tables
 from controlplane.db.engine import Hints
 from tests.support.rest import Api, run
 
@@ -301,14 +303,16 @@ def test_replicas_and_why(migrated_postgres_url: str) -> None:
         (ready,) = page["items"]
         assert ready | {"id": "a1", "node": "edge-2", "ready": True, "warm": False, "bytesDone": 7} == ready
         assert page["nextCursor"] is None
-        why = (await api.call("GET", "/deployments/kiosks/explain"))["items"]
-        assert [(item["node"], item["chosen"]) for item in why] == [
-            ("edge-1", True),
-            ("edge-2", True),
-            ("edge-3", False),
-        ]
-        assert why[1]["reason"] == "most free memory"
-        assert why[2]["reason"] == 'its labels do not match selector "tier=demo"'
+        why = {item["node"]: item for item in (await api.call("GET", "/deployments/kiosks/explain"))["items"]}
+        assert [item["chosen"] for item in why.values()] == [True, True, False]
+        assert list(why) == ["edge-1", "edge-2", "edge-3"]
+        assert "most free memory" in why["edge-2"]["reason"]
+        assert why["edge-3"]["reason"]
+        status = {"revision": 1, "desired": 2, "ready": 1, "message": "1 of 2 replicas are ready"}
+        table = tables.deployments
+        await api.query(sa.update(table).values(status=status, current_revision=2))
+        shown = (await api.call("GET", "/deployments/kiosks"))["status"]
+        assert shown | status | {"revision": 2, "observedRevision": 1} == shown
 
     run(migrated_postgres_url, test)
 
