@@ -78,6 +78,13 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """``value`` in quotes for a sentence, cut at ``limit`` characters."""
-    text = str(value)
+    """``value`` in quotes for a sentence: on one line, cut at ``limit`` characters."""
+    text = printable(str(value))
     return '"' + (text if len(text) <= limit else text[: limit - 1] + "…") + '"'
+
+
+def printable(text: str) -> str:
+    """``text`` with line breaks, control characters and the like as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from controlplane.domain.names import check_label_key, check_label_value
+from controlplane.domain.names import check_label_key, check_label_value, printable
 
 MAX_LENGTH = 4096
 _TOKEN = re.compile(r"\s*(?:(?P<word>[A-Za-z0-9._/-]+)|(?P<sign>==|!=|[=!(),]))")
@@ -104,7 +104,8 @@ def _tokens(text: str) -> list[_Token]:
         match = _TOKEN.match(text, end)
         if match is None:
             at = len(text) - len(text[end:].lstrip())
-            raise SelectorError(f'selector "{text}": "{text[at]}" at character {at + 1} is not allowed in a selector')
+            sign = f'"{printable(text[at])}" at character {at + 1}'
+            raise SelectorError(f'selector "{printable(text)}": {sign} is not allowed in a selector')
         is_word = match.lastgroup == "word"
         tokens.append(_Token(match[match.lastgroup or 0], match.start(match.lastgroup or 0) + 1, is_word))
         end = match.end()
@@ -177,7 +178,7 @@ class _Parser:
         try:
             return check(token.text)
         except ValueError as error:
-            raise SelectorError(f'selector "{self._text}": at character {token.position}, {error}') from None
+            raise SelectorError(f'selector "{printable(self._text)}": at character {token.position}, {error}') from None
 
     def _peek(self) -> _Token | None:
         return self._tokens[self._next] if self._next < len(self._tokens) else None
@@ -194,7 +195,7 @@ class _Parser:
     def _expected(self, what: str) -> SelectorError:
         token = self._peek()
         if token is None:
-            return SelectorError(f'selector "{self._text}": expected {what} at its end')
+            return SelectorError(f'selector "{printable(self._text)}": expected {what} at its end')
         return SelectorError(
-            f'selector "{self._text}": expected {what} at character {token.position}, found "{token.text}"'
+            f'selector "{printable(self._text)}": expected {what} at character {token.position}, found "{token.text}"'
         )

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from controlplane.domain.names import printable
 from controlplane.domain.problems import Problem, pointer_to
 
 MEDIA_TYPE = "application/problem+json"
@@ -46,7 +47,7 @@ def invalid(errors: Iterable[Problem], slug: str = "invalid") -> ApiProblem:
     """422 for input that is wrong in the given places."""
     found = tuple(errors)
     first = found[0]
-    where = f"{first.pointer}: " if first.pointer else ""
+    where = f"{printable(first.pointer)}: " if first.pointer else ""
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return ApiProblem(422, f"{where}{first.message}{more}", slug, found)
 

@@ -147,6 +147,8 @@ def _file(source: str, **more: Any) -> dict[str, Any]:
         ({**MODEL, "extra": 1}, "/extra", 'unknown field "extra"'),
         ({**MODEL, "metadata": {"name": "Big"}}, "/metadata/name", '"Big" is no name'),
         ({**MODEL, "metadata": {}}, "/metadata", "name is missing"),
+        ({**MODEL, "a\nb": 1}, "/a\nb", 'unknown field "a\\nb"'),
+        (changed(GROUP, selector="a=b\n>"), "/spec/selector", '">" at character 5 is not allowed'),
         ({**MODEL, "metadata": {"name": "a", "labels": {"tier": 1}}}, "/metadata/labels/tier", 'such as "1"'),
         ({**MODEL, "metadata": {"name": "a", "labels": {"a~/b": "x"}}}, "/metadata/labels/a~0~1b", "no label key"),
         (changed(MODEL, version=1), "/spec/version", 'write it in quotes, such as "1"'),
