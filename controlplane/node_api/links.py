@@ -27,7 +27,9 @@ class NodeLinks:
 
     def relay(self, node_id: str) -> RelayLink | None:
         """The node's relay, through which ``request`` reaches its API; None while there is none."""
-        return self._relays.get(node_id)
+        relay = self._relays.get(node_id)
+        # One that has just broken is gone at once, not only when its handler has cleaned up.
+        return relay if relay is not None and not relay.closed.is_set() else None
 
     def session(self, node_id: str) -> Session | None:
         """The node's session; None while there is none here."""

@@ -99,7 +99,9 @@ def _json(raw: bytes) -> Any:
     clean = raw.decode(errors="replace").replace("\\u0000", "").replace("\0", "")
     try:
         value = json.loads(clean, parse_constant=str)
-    except ValueError:
+        # Infinity (1e999) and half a surrogate pair are no JSON for Postgres.
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
         return clean
     return value
 

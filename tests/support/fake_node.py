@@ -49,6 +49,13 @@ def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
+async def eventually(condition: Callable[[], object]) -> None:
+    """Wait for something that sends no event of its own: what a server does after its last byte."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
 class NodeApiRig:
     """The node services of a control plane, running."""
 
@@ -246,6 +253,10 @@ class FakeNode:
         channel = self.channel()
         relay = FakeRelay(relay_pb2_grpc.RelayStub(channel).Serve(), channel, handler)
         await asyncio.wait_for(relay.call.initial_metadata(), WAIT_S)
+        if relay.call.done():
+            await channel.close(None)
+            empty = grpc.aio.Metadata()
+            raise grpc.aio.AioRpcError(await relay.call.code(), empty, empty, await relay.call.details())
         async with asyncio.TaskGroup() as group:
             task = group.create_task(relay.run(group), name=f"{self.name}-relay")
             try:
@@ -306,6 +317,7 @@ class FakeRelay:
         # One item for each Reset that came.
         self.resets: asyncio.Queue[str] = asyncio.Queue()
         self.served = 0
+        self._arrival = asyncio.Event()
         self._channel = channel
         self._handler = handler
         self._writing = asyncio.Lock()
@@ -314,6 +326,13 @@ class FakeRelay:
         """One frame."""
         async with self._writing:
             await self.call.write(relay_pb2.Frame(**frame))
+
+    async def has_served(self, count: int) -> None:
+        """Wait until ``count`` requests have arrived."""
+        async with asyncio.timeout(WAIT_S):
+            while self.served < count:
+                self._arrival.clear()
+                await self._arrival.wait()
 
     async def kill(self) -> None:
         """Drop the connection without a word, as a process that dies does."""
@@ -330,6 +349,7 @@ class FakeRelay:
         kind = frame.WhichOneof("frame")
         if kind == "open":
             self.served += 1
+            self._arrival.set()
             exchange = self.exchanges[frame.request_id] = NodeExchange(self, frame.request_id, frame.open)
             exchange.task = group.create_task(self._serve(exchange))
         elif exchange := self.exchanges.get(frame.request_id):
