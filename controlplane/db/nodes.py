@@ -101,12 +101,24 @@ async def create(connection: AsyncConnection, node: NewNode) -> bool:
 
 
 async def add_certificate(
-    connection: AsyncConnection, node_id: str, fingerprint: str, not_after: datetime.datetime
+    connection: AsyncConnection, node_id: str, fingerprint: str, key_sha256: str, not_after: datetime.datetime
 ) -> None:
     """Remember a certificate that was signed for the node."""
-    await connection.execute(
-        sa.insert(certificates).values(fingerprint_sha256=fingerprint, node_id=node_id, not_after=not_after)
+    row = {"fingerprint_sha256": fingerprint, "node_id": node_id, "key_sha256": key_sha256, "not_after": not_after}
+    await connection.execute(sa.insert(certificates).values(row))
+
+
+async def find_by_key(connection: AsyncConnection, name: str, key_sha256: str) -> str | None:
+    """Id of the node ``name``, if it is not revoked and once had a certificate for that key."""
+    query = (
+        sa.select(nodes.c.id)
+        .join(certificates, certificates.c.node_id == nodes.c.id)
+        .where(nodes.c.name == name, nodes.c.revoked_at.is_(None), certificates.c.key_sha256 == key_sha256)
+        .limit(1)
+        .with_for_update(read=True, key_share=True, of=nodes)
     )
+    found: str | None = await connection.scalar(query)
+    return found
 
 
 async def holds_certificate(connection: AsyncConnection, node_id: str, fingerprint: str) -> bool:

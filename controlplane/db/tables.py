@@ -156,6 +156,8 @@ node_certificates = sa.Table(
     metadata,
     sa.Column("fingerprint_sha256", sa.Text, primary_key=True),
     sa.Column("node_id", sa.ForeignKey("nodes.id", ondelete="CASCADE"), nullable=False, index=True),
+    # Hex SHA-256 of the public key (SubjectPublicKeyInfo, DER): a node that enrols again with its key is that node.
+    sa.Column("key_sha256", sa.Text, nullable=False, server_default=""),
     sa.Column("not_after", Timestamp, nullable=False),
     _created(),
 )

@@ -26,7 +26,7 @@ from controlplane.db import nodes
 from controlplane.domain import names
 from controlplane.node_api import messages, tokens
 from controlplane.node_api.identity import peer_address, refuse
-from controlplane.node_api.pki import BadRequest, NodeCertificate, Pki, fingerprint
+from controlplane.node_api.pki import BadRequest, NodeCertificate, Pki, csr_key, fingerprint, key_sha256
 from slmfleet import logs
 from slmfleet.v1 import enrollment_pb2 as pb
 from slmfleet.v1 import enrollment_pb2_grpc
@@ -139,22 +139,23 @@ class EnrollmentService(enrollment_pb2_grpc.EnrollmentServicer):
             wished = _checked_labels(dict(request.labels))
         except ValueError as error:
             raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
-        node_id = str(uuid.uuid4())
-        signed = self._sign(request.csr, node_id)
+        key = _key_of(request.csr)
         async with self._places, self._engine.begin() as connection:
-            labels = await _take_token(connection, token)
-            node = nodes.NewNode(
-                id=node_id,
-                name=request.name,
-                labels={**wished, **labels},
-                inventory=messages.inventory(request.inventory),
-                agentd_version=messages.text(request.agentd_version),
-                mqtt_password=secrets.token_urlsafe(24),
-            )
-            if not await nodes.create(connection, node):
-                message = f'a node named "{request.name}" exists: choose another name, or delete that node first'
-                raise Refusal(grpc.StatusCode.ALREADY_EXISTS, message)
-            await nodes.add_certificate(connection, node_id, signed.fingerprint, signed.not_after)
+            row = await nodes.lock_token(connection, token.id)
+            stored = tokens.StoredToken(row.secret_sha256, row.uses_left, row.expires_at, row.revoked) if row else None
+            # A node whose answer was lost asks again with the same key: it is that node, and the token was used by it.
+            node_id = None
+            if stored is not None and not stored.revoked and tokens.genuine(stored, token.secret):
+                node_id = await nodes.find_by_key(connection, request.name, key)
+            if node_id is None:
+                # The database's clock decides; without a row the time does not matter.
+                why_not = tokens.judge(stored, token.secret, row.now if row else _ANY_TIME)
+                if why_not or row is None:
+                    raise Refusal(grpc.StatusCode.UNAUTHENTICATED, why_not or "token is unknown")
+                node_id = await _create(connection, request, {**wished, **row.labels})
+                await nodes.use_token(connection, token.id)
+            signed = self._sign(request.csr, node_id)
+            await _remember(connection, node_id, signed)
         log.info("node enrolled", node=request.name, node_id=node_id, token=token.id)
         return self._response(node_id, request.name, signed)
 
@@ -189,7 +190,7 @@ class EnrollmentService(enrollment_pb2_grpc.EnrollmentServicer):
             if node.revoked:
                 message = "this node was revoked: enrol it again with a new token"
                 raise Refusal(grpc.StatusCode.PERMISSION_DENIED, message)
-            await nodes.add_certificate(connection, node.id, signed.fingerprint, signed.not_after)
+            await _remember(connection, node.id, signed)
         log.info("certificate renewed", node=node.name, not_after=signed.not_after.isoformat())
         return self._response(node.id, node.name, signed)
 
@@ -209,16 +210,31 @@ def _checked_labels(labels: dict[str, str]) -> dict[str, str]:
     return labels
 
 
-async def _take_token(connection: AsyncConnection, token: tokens.Token) -> dict[str, str]:
-    """Use the token once; its labels. Raises Refusal when it may not be used."""
-    row = await nodes.lock_token(connection, token.id)
-    stored = tokens.StoredToken(row.secret_sha256, row.uses_left, row.expires_at, row.revoked) if row else None
-    # The database's clock decides; without a row the time does not matter.
-    why_not = tokens.judge(stored, token.secret, row.now if row else _ANY_TIME)
-    if why_not or row is None:
-        raise Refusal(grpc.StatusCode.UNAUTHENTICATED, why_not or "token is unknown")
-    await nodes.use_token(connection, token.id)
-    return dict(row.labels)
+def _key_of(csr: bytes) -> str:
+    try:
+        return key_sha256(csr_key(csr))
+    except BadRequest as error:
+        raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+
+
+async def _create(connection: AsyncConnection, request: pb.EnrollRequest, labels: dict[str, str]) -> str:
+    """Make the node; its id. Raises Refusal when its name is taken."""
+    node = nodes.NewNode(
+        id=str(uuid.uuid4()),
+        name=request.name,
+        labels=labels,
+        inventory=messages.inventory(request.inventory),
+        agentd_version=messages.text(request.agentd_version),
+        mqtt_password=secrets.token_urlsafe(24),
+    )
+    if not await nodes.create(connection, node):
+        message = f'a node named "{request.name}" exists: choose another name, or delete that node first'
+        raise Refusal(grpc.StatusCode.ALREADY_EXISTS, message)
+    return node.id
+
+
+async def _remember(connection: AsyncConnection, node_id: str, signed: NodeCertificate) -> None:
+    await nodes.add_certificate(connection, node_id, signed.fingerprint, signed.key_sha256, signed.not_after)
 
 
 def _proven_certificate(request: pb.RenewRequest) -> x509.Certificate:

@@ -49,11 +49,13 @@ class BadRequest(Exception):
 
 @dataclass(frozen=True, slots=True)
 class NodeCertificate:
-    """A signed client certificate. ``chain_pem``: leaf, then authority; ``fingerprint``: hex SHA-256 of the leaf."""
+    """A signed client certificate. ``chain_pem``: leaf, then authority; ``fingerprint``: hex SHA-256 of the leaf;
+    ``key_sha256``: hex SHA-256 of its public key (SubjectPublicKeyInfo, DER)."""
 
     chain_pem: str
     not_after: datetime.datetime
     fingerprint: str
+    key_sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +98,13 @@ class Pki:
         Raises BadRequest for bytes that are no PKCS#10, a wrong self-signature or a key that is no P-256 or P-384.
         """
         moment = now or datetime.datetime.now(datetime.UTC)
-        public_key = _csr_key(csr_der)
+        public_key = csr_key(csr_der)
         not_after = min(moment + datetime.timedelta(days=days), self._ca.not_valid_after_utc)
         usage = ExtendedKeyUsageOID.CLIENT_AUTH
         builder = _leaf(node_id, public_key, self._ca, moment, usage).not_valid_after(not_after)
         certificate = builder.sign(self._ca_key, hashes.SHA256())
         chain = (_pem(certificate) + self.ca_pem).decode()
-        return NodeCertificate(chain, certificate.not_valid_after_utc, fingerprint(certificate))
+        return NodeCertificate(chain, certificate.not_valid_after_utc, fingerprint(certificate), key_sha256(public_key))
 
 
 def fingerprint(certificate: x509.Certificate) -> str:
@@ -110,7 +112,14 @@ def fingerprint(certificate: x509.Certificate) -> str:
     return hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
 
 
-def _csr_key(csr_der: bytes) -> ec.EllipticCurvePublicKey:
+def key_sha256(key: ec.EllipticCurvePublicKey) -> str:
+    """Lower-case hex SHA-256 of the SubjectPublicKeyInfo (DER)."""
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()
+
+
+def csr_key(csr_der: bytes) -> ec.EllipticCurvePublicKey:
+    """The key of a PKCS#10 (DER) whose self-signature proves that its sender holds it. Raises BadRequest."""
     try:
         csr = x509.load_der_x509_csr(csr_der)
         genuine = csr.is_signature_valid

@@ -67,14 +67,18 @@ def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
+def genuine(stored: StoredToken | None, secret: str) -> bool:
+    """Whether the secret is the token's, whatever else is true of the token."""
+    held = stored.secret_sha256 if stored else "0" * 64
+    return hmac.compare_digest(held, hash_secret(secret)) and stored is not None
+
+
 def judge(stored: StoredToken | None, secret: str, now: datetime.datetime) -> str | None:
     """None when the token may be used now, else the sentence for the person who holds it.
 
     A wrong secret reads like an unknown token, so that an id alone tells nothing about its token.
     """
-    held = stored.secret_sha256 if stored else "0" * 64
-    genuine = hmac.compare_digest(held, hash_secret(secret))
-    if stored is None or not genuine:
+    if not genuine(stored, secret) or stored is None:
         return f"token is unknown: copy it whole, or {_AGAIN}"
     if stored.revoked:
         return f"token was revoked: {_AGAIN}"

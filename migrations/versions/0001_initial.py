@@ -251,6 +251,7 @@ def upgrade() -> None:
         "node_certificates",
         sa.Column("fingerprint_sha256", sa.Text(), nullable=False),
         sa.Column("node_id", sa.Text(), nullable=False),
+        sa.Column("key_sha256", sa.Text(), server_default="", nullable=False),
         sa.Column("not_after", sa.DateTime(timezone=True), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),
         sa.ForeignKeyConstraint(

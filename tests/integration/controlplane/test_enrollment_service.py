@@ -149,6 +149,29 @@ def test_the_last_use_of_a_token_goes_to_one_node(migrated_postgres_url: str, tm
     asyncio.run(run())
 
 
+def test_a_lost_answer_is_given_again_to_the_same_key(migrated_postgres_url: str, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with node_api(migrated_postgres_url, tmp_path) as rig:
+            token = await rig.token()
+            node = FakeNode("edge-1", rig.pki.ca_pem, rig.ports)
+            first = await node.enrol(token)
+            again = await node.enrol(token)
+            assert again.node_id == first.node_id
+            async with node.session():
+                pass
+            assert len(await rig.rows(NODES)) == 1
+            # The same name with another key is somebody else, and so is the same key without the token's secret.
+            for thief, words in ((FakeNode("edge-1", rig.pki.ca_pem, rig.ports), token), (node, token + "x")):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await thief.enrol(words)
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            await rig.execute("UPDATE nodes SET revoked_at = now()")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await node.enrol(token)
+
+    asyncio.run(run())
+
+
 def test_a_peer_that_keeps_failing_must_wait(migrated_postgres_url: str, tmp_path: Path) -> None:
     async def run() -> None:
         async with node_api(migrated_postgres_url, tmp_path) as rig:
