@@ -102,10 +102,13 @@ class ArtifactServer:
         assert self._socket is not None
         config = uvicorn.Config(
             self._answer,
+            interface="asgi3",
+            proxy_headers=False,
             http=_PeerProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
+            log_level="warning",
             access_log=False,
             server_header=False,
             ssl_certfile=str(self._cert),

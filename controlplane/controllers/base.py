@@ -85,7 +85,7 @@ class Controller(ABC):
             except Deposed as error:
                 log.info("pass dropped", controller=self.name, reason=error)
                 self.counters.deposed += 1
-                self._leadership.lost()
+                self._leadership.lost(epoch)
                 continue
             except DATABASE_AWAY as error:
                 failures += 1

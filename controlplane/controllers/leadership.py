@@ -36,9 +36,10 @@ class Leadership:
             await self._held.wait()
         return self.epoch
 
-    def lost(self) -> None:
-        """A fenced write found another leader."""
-        self._set(None)
+    def lost(self, epoch: int) -> None:
+        """A fenced write with ``epoch`` found another leader: look at once who leads."""
+        if epoch == self.epoch:
+            self._set(None)
         self._look_again.set()
 
     async def run(self) -> None:

@@ -158,6 +158,7 @@ class ModelImportController(Controller):
             await self._conclude(version, item, outcome, epoch)
         except Deposed:
             log.info("import dropped: another process leads", model=version)
+            self._leadership.lost(epoch)
         except DATABASE_AWAY as error:
             # The row still says "fetching": the next pass takes it up again.
             log.warning("the database is away, will import again", model=version, error=error)
