@@ -59,6 +59,7 @@ class Controllers:
         self._failover = failover or FailoverPolicy()
         self._max_replicas = max_replicas_per_node
         self._controllers: tuple[Controller, ...] = ()
+        self._timeline: str | None = None
 
     @property
     def counters(self) -> Mapping[str, Counters]:
@@ -70,11 +71,13 @@ class Controllers:
         async with self._engine.begin() as connection:
             timeline = await leaders.ensure_timeline(connection)
             await leaders.keep_replica(connection, self._replica_id, self._policy.ttl_s)
+        self._timeline = timeline
         return timeline
 
     async def run(self) -> None:
         """Control until cancelled."""
-        timeline = await self.prepare()
+        # Not again when it was done before: a database that goes away in between must not end the program.
+        timeline = self._timeline or await self.prepare()
         self._controllers = self._make(timeline)
         for controller in self._controllers:
             self._hints.subscribe(controller.on_hint)

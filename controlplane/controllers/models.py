@@ -147,13 +147,16 @@ class ModelImportController(Controller):
 
     async def _import(self, version: Version, item: _Import, epoch: int) -> None:
         """One try, from "fetching" to what came of it. Never raises."""
+        assert self._group is not None
         try:
             async with leaders.fenced(self._engine, self.name, epoch) as connection:
                 await model_versions.begin(connection, version)
             meter = _Meter()
-            async with asyncio.TaskGroup() as group:
-                teller = group.create_task(self._tell(version, meter, epoch), name=f"import-progress-{version}")
+            # In the controller's group, not in one of its own, which would wrap what is caught below.
+            teller = self._group.create_task(self._tell(version, meter, epoch), name=f"import-progress-{version}")
+            try:
                 outcome = await self._try(version, meter, epoch)
+            finally:
                 teller.cancel()
             await self._conclude(version, item, outcome, epoch)
         except Deposed:
