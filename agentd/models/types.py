@@ -114,6 +114,14 @@ class Done:
     timings: Timings = field(default_factory=Timings)
 
 
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """The answer to an embedding request: one vector for each input, in their order."""
+
+    values: Sequence[Sequence[float]]
+    prompt_tokens: int
+
+
 class Refused(Exception):
     """The request can't be served now, or never. Nothing of it has run.
 
