@@ -42,7 +42,7 @@ from agentd.identity.renewal import keep_renewed
 from agentd.models.backends import available_formats
 from agentd.models.counters import ModelCounters
 from agentd.models.settings import HostSettings
-from agentd.models.types import ModelHost, ModelKey
+from agentd.models.types import ModelHost, ModelKey, ModelStatus
 from agentd.parts import Part, end_all, start
 from agentd.store.database import Database
 from agentd.store.desired import DesiredStore
@@ -65,8 +65,13 @@ STALLED_S = 120.0
 class CountingHost(ModelHost, Protocol):
     """A model host that also says when a model changed and what was counted."""
 
-    def subscribe(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` when the state of a model changed."""
+    def subscribe(self, callback: Callable[[ModelStatus], None]) -> Callable[[], None]:
+        """Call ``callback`` when the state of a model changed; the answer ends that."""
+        ...
+
+    async def probe(self, timeout_s: float = 1.0) -> str:
+        """Exercise the host's tasks; "" when all answered in time, else who did not."""
+        ...
 
     def take_counters(self) -> Mapping[ModelKey, ModelCounters]:
         """What was counted since this was last called."""
@@ -165,7 +170,7 @@ class Daemon:
                        config.disk_reserve),
             self._planned,
         )  # fmt: skip
-        host.subscribe(self._converger.poke)
+        host.subscribe(lambda _: self._converger.poke())
         chat = Chat(host, lambda: self._catalog, self._ledger.refused)
         self._api = Api(
             chat,
@@ -315,13 +320,17 @@ class Daemon:
         return max(told, 0.1) if told else self._config.telemetry_interval
 
     async def _watchdog(self) -> None:
-        """Feed systemd's watchdog while convergence makes progress. Its own timer proves that the event loop lives."""
-        period_s = (self._notifier.watchdog_s or 3600.0) / 3
+        """Feed systemd's watchdog while convergence and the model host make progress. That this runs at all proves that
+        the event loop lives."""
+        period_s = (self._notifier.watchdog_s or 90.0) / 3
         while True:
-            if boottime_s() - self._converger.last_pass_s < STALLED_S:
-                self._notifier.alive()
+            silent = await self._host.probe()
+            if boottime_s() - self._converger.last_pass_s >= STALLED_S:
+                silent = silent or f"convergence made no pass for {STALLED_S:g} s"
+            if silent:
+                log.error("the daemon hangs", reason=silent)
             else:
-                log.error("convergence hangs", seconds=round(boottime_s() - self._converger.last_pass_s))
+                self._notifier.alive()
             await asyncio.sleep(period_s)
 
     # --- what people read ---------------------------------------------------------------------------------------------

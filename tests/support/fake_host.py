@@ -45,7 +45,7 @@ class FakeHost:
         self.may_go_on.set()
         self.begun = asyncio.Event()
         self.trouble: dict[ModelKey, str] = {}
-        self._subscribers: list[Callable[[], None]] = []
+        self._subscribers: list[Callable[[ModelStatus], None]] = []
         self._counters: dict[ModelKey, ModelCounters] = {}
         self.running = 0
 
@@ -95,8 +95,12 @@ class FakeHost:
             for key, model in self.models.items()
         ]  # fmt: skip
 
-    def subscribe(self, callback: Callable[[], None]) -> None:
+    def subscribe(self, callback: Callable[[ModelStatus], None]) -> Callable[[], None]:
         self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
+
+    async def probe(self, timeout_s: float = 1.0) -> str:
+        return ""
 
     def take_counters(self) -> Mapping[ModelKey, ModelCounters]:
         taken, self._counters = self._counters, {}
@@ -108,8 +112,9 @@ class FakeHost:
     def _load(self, key: ModelKey) -> None:
         if key not in self.loaded:
             self.loaded.add(key)
-            for tell in self._subscribers:
-                tell()
+            for status in self.status():
+                for tell in self._subscribers:
+                    tell(status)
 
 
 def main() -> int:
