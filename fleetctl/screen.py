@@ -18,7 +18,7 @@ GAP = "   "
 # Words that say how a thing is doing, and how they look. Anything else is plain.
 _STYLES = {
     "green": "online ready warm active created yes true",
-    "yellow": "suspect reconciling draining drained fetching pending staged changed loading warning false",
+    "yellow": "suspect reconciling draining drained fetching pending staged changed loading warning",
     "red": "disconnected lost failed degraded error expired",
     "dim": "unchanged used revoked - no",
 }

@@ -103,7 +103,7 @@ class Program:
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
         for process in filter(_runs, self.family):
-            late.append(f"{self.name}/{_name(process)} (pid {process.pid})")
+            late.append(f"a child of {self.name} (pid {process.pid})")
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(self.family, timeout=5)
@@ -154,13 +154,12 @@ class Ensemble:
             time.sleep(0.05)
 
     def pids(self) -> dict[str, int]:
-        """Every process of every program: ``edge-1``, and ``edge-1/python`` for its children."""
+        """Every program, and its children: ``edge-1``, and ``edge-1/<pid>`` for the worker of a model."""
         found: dict[str, int] = {}
         for name, program in self.programs.items():
             found[name] = program.pid
-            for child in program.note_family():
-                label = f"{name}/{_name(child)}"
-                found[label if label not in found else f"{label}-{child.pid}"] = child.pid
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found |= {f"{name}/{child.pid}": child.pid for child in psutil.Process(program.pid).children()}
         return found
 
     def end(self) -> list[str]:
@@ -190,10 +189,3 @@ def _runs(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        return process.name()
-    except psutil.NoSuchProcess:
-        return "child"

@@ -173,18 +173,23 @@ class Demo:
         self.story.done(f"ready on {' and '.join(sorted(names))}")
 
     def _await_ready(self, enough: Callable[[set[str]], bool], otherwise: str, timeout_s: float) -> set[str]:
+        """Names of the online nodes that have the model loaded, once they are ``enough``."""
+        replicas: list[dict[str, Any]] = []
         with self.story.bars() as bars:
 
             def look() -> set[str]:
-                replicas = list(self.client.items(f"/deployments/{AGENT}/replicas"))
+                replicas[:] = self.client.items(f"/deployments/{AGENT}/replicas")
+                online = self._online()
                 bars.keep({str(replica["node"]) for replica in replicas})
                 for replica in replicas:
-                    _show(bars.show, replica)
-                online = self._online()
+                    _show(bars.show, replica, replica["node"] in online)
                 ready = {str(item["node"]) for item in replicas if item.get("ready") and item.get("warm")} & online
                 return ready if enough(ready) else set()
 
-            return self.programs.wait(look, otherwise, timeout_s, [self.controlplane])
+            try:
+                return self.programs.wait(look, otherwise, timeout_s, [self.controlplane])
+            except StepFailed as error:
+                raise StepFailed(f"{error}; {_why(replicas)}", error.program) from None
 
     def ask(self, question: str) -> Answer:
         """Ask the agent through the gateway; the answer streams to the terminal."""
@@ -262,10 +267,21 @@ def _url(address: str) -> str:
     return (address if "://" in address else f"http://{address}").rstrip("/")
 
 
-def _show(show: Callable[[str, float, float, str], None], replica: Mapping[str, Any]) -> None:
+def _why(replicas: list[dict[str, Any]]) -> str:
+    """What the replicas say of themselves, for somebody who wonders why nothing goes on."""
+    said = []
+    for replica in replicas:
+        bad = [item["message"] for item in replica.get("conditions") or () if item.get("type") == "Degraded"]
+        said.append(f"{replica['node']} is {replica_state(replica)}{': ' + '; '.join(bad) if any(bad) else ''}")
+    return ", ".join(said) or "no replica was placed"
+
+
+def _show(show: Callable[[str, float, float, str], None], replica: Mapping[str, Any], online: bool) -> None:
     done, total = replica.get("bytesDone") or 0, replica.get("bytesTotal") or 0
     state = replica_state(replica)
-    if state == "ready":
+    if not online:
+        state, done, total = "silent; replaced after 5 TTLs", 0, 1
+    elif state == "ready":
         state, done, total = "ready, loading the model", 1, 1
     elif state == "warm":
         state, done, total = "ready, loaded", 1, 1
