@@ -20,7 +20,8 @@ from slmfleet.units import parse_duration
 
 PREFIX = "CONTROLPLANE_"
 DEFAULT_FILE = Path("/etc/slmfleet/controlplane.toml")
-LISTENERS = ("http_listen", "enrollment_listen", "node_listen", "artifacts_listen", "mqtt_listen")
+SERVED = ("http_listen", "enrollment_listen", "node_listen", "artifacts_listen")
+LISTENERS = (*SERVED, "mqtt_listen")
 LOOPBACK = "127.0.0.1"
 # `controlplane dev` is looked at by a person who waits: seconds matter more than the load of ten thousand nodes.
 DEV_BEAT_S = 1.0

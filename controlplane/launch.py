@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
 from controlplane import datafolder, web
-from controlplane.config import LISTENERS, Config
+from controlplane.config import LISTENERS, SERVED, Config
 from controlplane.db import migrate
 from controlplane.embedded.broker import HOST as BROKER_HOST
 from controlplane.embedded.broker import EmbeddedBroker
@@ -30,15 +30,16 @@ def dev(config: Config, explicit: frozenset[str]) -> None:
     folder = config.data_dir
     with datafolder.hold(folder):
         datafolder.remove_runtime(folder)
-        listen = choose_addresses(config, explicit, datafolder.last_ports(folder))
+        refuse_taken(config, explicit)
+        last = datafolder.last_ports(folder)
+        _, broker_port = choose_address("mqtt_listen", config, explicit, last)
         with running(
-            folder,
-            postgres=not config.postgres_url,
-            broker=not config.mqtt_url,
-            broker_port=listen["mqtt_listen"][1],
+            folder, postgres=not config.postgres_url, broker=not config.mqtt_url, broker_port=broker_port
         ) as embedded:
             url = embedded.postgres.url() if embedded.postgres else config.postgres_url
             migrate.upgrade(url)
+            # As late as can be: of two that start at once, the second should see the ports of the first.
+            listen = {name: choose_address(name, config, explicit, last) for name in SERVED}
             _start(config, url, listen, embedded)
 
 
@@ -47,20 +48,24 @@ def serve(config: Config) -> None:
     with datafolder.hold(config.data_dir):
         datafolder.remove_runtime(config.data_dir)
         migrate.check(config.postgres_url)
-        _start(config, config.postgres_url, {name: getattr(config, name) for name in LISTENERS}, Embedded())
+        _start(config, config.postgres_url, {name: getattr(config, name) for name in SERVED}, Embedded())
 
 
-def choose_addresses(config: Config, explicit: frozenset[str], last: Mapping[str, int]) -> dict[str, tuple[str, int]]:
-    """Where ``dev`` listens, by option: as somebody said; else the port of the last run (nodes look for it there),
-    else the usual one, else any free one."""
-    chosen: dict[str, tuple[str, int]] = {}
+def refuse_taken(config: Config, explicit: frozenset[str]) -> None:
+    """Raises UserError when an address that somebody gave can't be had: before a database is started for nothing."""
     for name in LISTENERS:
-        host, port = getattr(config, name)
-        if name not in explicit:
-            candidates = [known for known in (last.get(name), port) if known]
-            port = next((known for known in candidates if web.is_free((host, known))), 0)
-        chosen[name] = (host, port)
-    return chosen
+        if name in explicit:
+            web.bind(getattr(config, name), name).close()
+
+
+def choose_address(name: str, config: Config, explicit: frozenset[str], last: Mapping[str, int]) -> tuple[str, int]:
+    """Where ``dev`` listens: as somebody said; else the port of the last run (nodes look for it there), else the usual
+    one, else any free one (0)."""
+    host, port = getattr(config, name)
+    if name in explicit:
+        return host, port
+    candidates = [known for known in (last.get(name), port) if known]
+    return host, next((known for known in candidates if web.is_free((host, known))), 0)
 
 
 def _start(config: Config, url: str, listen: Mapping[str, tuple[str, int]], embedded: Embedded) -> None:
