@@ -67,17 +67,16 @@ class Controllers:
         return {controller.name: controller.counters for controller in self._controllers}
 
     async def prepare(self) -> str:
-        """Register this process and make sure that the fleet has a timeline; returns the timeline."""
-        async with self._engine.begin() as connection:
-            timeline = await leaders.ensure_timeline(connection)
-            await leaders.keep_replica(connection, self._replica_id, self._policy.ttl_s)
-        self._timeline = timeline
-        return timeline
+        """Register this process and make sure that the fleet has a timeline; returns the timeline. Once a process."""
+        if not self._timeline:
+            async with self._engine.begin() as connection:
+                await leaders.start_replica(connection, self._replica_id, self._policy.ttl_s)
+                self._timeline = await leaders.ensure_timeline(connection)
+        return self._timeline
 
     async def run(self) -> None:
         """Control until cancelled."""
-        # Not again when it was done before: a database that goes away in between must not end the program.
-        timeline = self._timeline or await self.prepare()
+        timeline = await self.prepare()
         self._controllers = self._make(timeline)
         for controller in self._controllers:
             self._hints.subscribe(controller.on_hint)

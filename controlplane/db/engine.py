@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
+import asyncpg
 import sqlalchemy as sa
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from slmfleet import logs
@@ -20,9 +23,45 @@ log = logs.get(__name__)
 
 
 def make_engine(url: str, pool_size: int = 10) -> AsyncEngine:
-    """An engine for ``postgresql://...`` or ``postgresql+asyncpg://...``; connects on first use."""
+    """An engine for ``postgresql://...`` or ``postgresql+asyncpg://...``; connects on first use.
+
+    A database that is away, goes away or restarts is always one of OSError, ``sa.exc.OperationalError``,
+    ``sa.exc.InterfaceError`` and ``sa.exc.TimeoutError``; the driver alone would raise several more, some of them the
+    base class of all database errors.
+    """
     parsed = sa.make_url(url).set(drivername="postgresql+asyncpg")
-    return create_async_engine(parsed, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True)
+    engine = create_async_engine(parsed, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True)
+    sa.event.listen(engine.sync_engine, "do_connect", _connect)
+    sa.event.listen(engine.sync_engine, "handle_error", _name_lost_connection, retval=True)
+    return engine
+
+
+_AWAY = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.exceptions.OperatorInterventionError,
+    asyncpg.InterfaceError,
+    # "cannot switch to state ...": what a connection says that is lost while it closes.
+    asyncpg.InternalClientError,
+)
+
+
+def _connect(dialect: sa.Dialect, _record: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What Postgres says instead of letting us in (it starts, it stops, it is full) has no class of its own."""
+    try:
+        return dialect.connect(*arguments, **options)
+    except (dialect.loaded_dbapi.Error, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise sa.exc.OperationalError(None, None, error, connection_invalidated=True) from error
+
+
+def _name_lost_connection(context: ExceptionContext) -> BaseException | None:
+    """A connection that breaks in the middle of a statement is a bare DBAPIError otherwise."""
+    original = context.original_exception
+    cause = original if isinstance(original, _AWAY) else original.__cause__
+    away = isinstance(cause, _AWAY) and not isinstance(cause, asyncpg.QueryCanceledError)
+    named = isinstance(context.sqlalchemy_exception, (sa.exc.OperationalError, sa.exc.InterfaceError))
+    if named or not (away or context.is_disconnect):
+        return None
+    return sa.exc.OperationalError(context.statement, None, original, connection_invalidated=True)
 
 
 async def hint(connection: AsyncConnection, topic: str) -> None:
@@ -47,7 +86,7 @@ class Hints:
         while True:
             try:
                 await self._listen()
-            except (OSError, sa.exc.SQLAlchemyError) as error:
+            except (OSError, sa.exc.SQLAlchemyError, asyncpg.PostgresError, *_AWAY) as error:
                 log.warning("hints interrupted", error=error)
             await asyncio.sleep(self._retry_s)
 
