@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,9 @@ async def run_services(services: Sequence[Service], started: Callable[[], None],
         log.info("stopping")
         for service, task in reversed(list(zip(services, tasks, strict=True))):
             task.cancel()
+            began = time.monotonic()
             done, _ = await asyncio.wait([task], timeout=service.stop_s)
+            log.debug("a part stopped", part=service.name, seconds=round(time.monotonic() - began, 3))
             if not done:
                 log.warning("a part does not stop in time", part=service.name, waited_s=service.stop_s)
 

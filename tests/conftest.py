@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -11,6 +14,10 @@ from tests.support import mqtt as mqtt_support
 from tests.support import postgres as postgres_support
 from tests.support.mqtt import Mqtt
 from tests.support.postgres import Databases
+
+# Read when gRPC starts. Tests fork children while a gRPC server runs here; with fork support the child would first
+# wake that server's event engine, which now and then ends it before exec.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 POSTGRES = pytest.StashKey[postgres_support.Source]()
 MQTT = pytest.StashKey[mqtt_support.Source]()
@@ -25,6 +32,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say which servers the suite will use."""
     return [f"postgres: {config.stash[POSTGRES].description}", f"mqtt: {config.stash[MQTT].description}"]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A temporary folder for an embedded PostgreSQL, whose user (under root) must be able to cross all parents.
+
+    Not ``tmp_path``: every start of pytest closes the folder above it to others, also for tests that run elsewhere.
+    """
+    with tempfile.TemporaryDirectory(prefix="slmfleet-test-", ignore_cleanup_errors=True) as made:
+        yield Path(made)
 
 
 @pytest.fixture(scope="session")

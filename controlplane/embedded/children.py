@@ -65,19 +65,11 @@ def stop(process: subprocess.Popen[bytes], steps: Sequence[tuple[signal.Signals,
             continue
 
 
-def start_time(pid: int) -> str | None:
-    """When the process started, in the kernel's ticks since boot: with the pid it names one process for ever."""
+def is_running_in(pid: int, program: str, folder: Path) -> bool:
+    """Whether ``pid`` is a ``program`` with ``folder`` as its working directory, as every postmaster has its data
+    folder: a pid alone may have been given to another process since it was written down."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The name, in parentheses, may hold spaces and parentheses; start time is field 22, the 20th after the name.
-    return stat.rpartition(")")[2].split()[19]
-
-
-def is_running_in(pid: int, folder: Path) -> bool:
-    """Whether ``pid`` lives with ``folder`` as its working directory (as every postmaster has its data folder)."""
-    try:
-        return Path(os.readlink(f"/proc/{pid}/cwd")) == folder.resolve()
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        return name == program and Path(os.readlink(f"/proc/{pid}/cwd")) == folder.resolve()
     except OSError:
         return False

@@ -129,7 +129,7 @@ def end_leftover(folder: Path) -> None:
         pid = int((folder / "postmaster.pid").read_text().split("\n", 1)[0])
     except (OSError, ValueError):
         return
-    if not is_running_in(pid, folder):
+    if not is_running_in(pid, "postgres", folder):
         return
     log.warning("stopping a PostgreSQL that an earlier run left behind", pid=pid)
     for number, seconds in ((signal.SIGINT, STOP_DEADLINE_S), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0)):
@@ -137,7 +137,7 @@ def end_leftover(folder: Path) -> None:
             os.kill(pid, number)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if not is_running_in(pid, folder):
+            if not is_running_in(pid, "postgres", folder):
                 return
             time.sleep(0.02)
     raise UserError(f"process {pid} holds the data in {folder} and does not end: stop it, then start again")

@@ -41,23 +41,23 @@ def fetch(url: str, statement: str) -> Any:
     return asyncio.run(run())
 
 
-def test_a_second_start_finds_the_data(tmp_path: Path) -> None:
+def test_a_second_start_finds_the_data(folder: Path) -> None:
     with nothing_left_behind():
-        first = EmbeddedPostgres(tmp_path / "postgres")
+        first = EmbeddedPostgres(folder / "postgres")
         first.start()
         fetch(first.url(), "CREATE TABLE kept AS SELECT 42 AS x")
         first.stop()
-        second = EmbeddedPostgres(tmp_path / "postgres")
+        second = EmbeddedPostgres(folder / "postgres")
         second.start()
         try:
             assert fetch(second.url(), "SELECT x FROM kept") == 42
         finally:
             second.stop()
-    assert not (tmp_path / "postgres" / "postmaster.pid").exists()
+    assert not (folder / "postgres" / "postmaster.pid").exists()
 
 
-def test_a_path_too_long_for_a_socket_works(tmp_path: Path) -> None:
-    server = EmbeddedPostgres(tmp_path / ("d" * 100) / "postgres")
+def test_a_path_too_long_for_a_socket_works(folder: Path) -> None:
+    server = EmbeddedPostgres(folder / ("d" * 100) / "postgres")
     server.start()
     try:
         assert fetch(server.url(), "SELECT 1") == 1
@@ -68,8 +68,8 @@ def test_a_path_too_long_for_a_socket_works(tmp_path: Path) -> None:
     assert not sockets.exists()
 
 
-def test_it_ends_with_its_parent_and_starts_again_with_what_was_committed(tmp_path: Path) -> None:
-    folder = tmp_path / "postgres"
+def test_it_ends_with_its_parent_and_starts_again_with_what_was_committed(folder: Path) -> None:
+    folder = folder / "postgres"
     with Child([sys.executable, "-c", PARENT, folder]) as parent:
         found = parent.wait_for_line(r"pid (\d+) (\S+)")
         fetch(found[2], "CREATE TABLE kept AS SELECT 7 AS x")
@@ -84,8 +84,8 @@ def test_it_ends_with_its_parent_and_starts_again_with_what_was_committed(tmp_pa
         again.stop()
 
 
-def test_a_leftover_server_is_ended_first(tmp_path: Path) -> None:
-    folder = tmp_path / "postgres"
+def test_a_leftover_server_is_ended_first(folder: Path) -> None:
+    folder = folder / "postgres"
     leftover = EmbeddedPostgres(folder)
     leftover.start()
     old = psutil.Process(leftover.pid)
@@ -101,34 +101,37 @@ def test_a_leftover_server_is_ended_first(tmp_path: Path) -> None:
         server.stop()
 
 
-def test_a_pid_file_of_a_process_that_is_none_of_ours_is_stale(tmp_path: Path) -> None:
-    folder = tmp_path / "postgres"
-    first = EmbeddedPostgres(folder)
+def test_a_pid_file_of_a_process_that_is_none_of_ours_is_stale(folder: Path) -> None:
+    data = folder / "postgres"
+    first = EmbeddedPostgres(data)
     first.start()
     server = first._process
     assert server is not None
     os.kill(server.pid, signal.SIGKILL)
     server.wait(10)
-    # The pid was given to another program since.
-    with Child([sys.executable, "-c", "print('up', flush=True); input()"], cwd=tmp_path) as stranger:
-        pid_file = folder / "postmaster.pid"
+    # The pid was given to another program since, even one that works in that folder.
+    program = "import signal; print('up', flush=True); signal.pause()"
+    with Child([sys.executable, "-c", program], cwd=data) as stranger:
+        stranger.wait_for_line("up")
+        pid_file = data / "postmaster.pid"
         pid_file.write_text("\n".join([str(stranger.pid), *pid_file.read_text().split("\n")[1:]]))
-        second = EmbeddedPostgres(folder)
+        second = EmbeddedPostgres(data)
         second.start()
         try:
             assert fetch(second.url(), "SELECT 1") == 1
+            assert stranger.process.poll() is None
         finally:
             second.stop()
 
 
-def test_a_foreign_folder_and_a_foreign_version_are_refused_and_left_alone(tmp_path: Path) -> None:
-    foreign = tmp_path / "foreign"
+def test_a_foreign_folder_and_a_foreign_version_are_refused_and_left_alone(folder: Path) -> None:
+    foreign = folder / "foreign"
     foreign.mkdir()
     (foreign / "letter.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         EmbeddedPostgres(foreign).start()
     assert (foreign / "letter.txt").read_text() == "mine"
-    old = tmp_path / "old"
+    old = folder / "old"
     old.mkdir()
     (old / "PG_VERSION").write_text("9\n")
     with pytest.raises(UserError, match="made by PostgreSQL 9"):

@@ -80,8 +80,8 @@ def ended(folder: Path, *arguments: str, command: str = "dev") -> tuple[int, str
         return child.wait_for_exit(60), child.output
 
 
-def test_dev_from_the_first_start_to_the_second(tmp_path: Path) -> None:
-    folder = tmp_path / "data"
+def test_dev_from_the_first_start_to_the_second(folder: Path) -> None:
+    folder = folder / "data"
     with nothing_left_behind(), running(folder) as first:
         assert first.child.wait_for_line("MQTT broker knows passwords and no certificates")
         assert first.facts["children"] == [process.pid for process in psutil.Process(first.child.pid).children()]
@@ -115,8 +115,8 @@ def test_dev_from_the_first_start_to_the_second(tmp_path: Path) -> None:
         assert second.child.stop(signal.SIGINT) == 0
 
 
-def test_dev_after_kill_9(tmp_path: Path) -> None:
-    folder = tmp_path / "data"
+def test_dev_after_kill_9(folder: Path) -> None:
+    folder = folder / "data"
     with running(folder) as first:
         family = first.family()
         token, facts = first.token, first.facts
@@ -130,8 +130,8 @@ def test_dev_after_kill_9(tmp_path: Path) -> None:
         assert second.child.stop() == 0
 
 
-def test_one_control_plane_a_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "data"
+def test_one_control_plane_a_folder(folder: Path) -> None:
+    folder = folder / "data"
     with running(folder) as first:
         status, output = ended(folder)
         assert (status, output.count("\n")) == (1, 0)
@@ -140,18 +140,18 @@ def test_one_control_plane_a_folder(tmp_path: Path) -> None:
         assert first.child.stop() == 0
 
 
-def test_a_port_that_was_given_and_is_taken_is_an_error(tmp_path: Path) -> None:
+def test_a_port_that_was_given_and_is_taken_is_an_error(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with nothing_left_behind():
-            status, output = ended(tmp_path / "data", "--node-listen", address)
+            status, output = ended(folder / "data", "--node-listen", address)
     assert (status, output.count("\n")) == (1, 0)
     assert f"cannot listen on {address}" in output
     assert "node_listen" in output
 
 
-def test_a_folder_of_a_newer_schema_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "data"
+def test_a_folder_of_a_newer_schema_is_refused(folder: Path) -> None:
+    folder = folder / "data"
 
     async def pretend() -> None:
         connection = await asyncpg.connect(f"postgresql://postgres@/postgres?host={folder}/postgres")
@@ -169,8 +169,8 @@ def test_a_folder_of_a_newer_schema_is_refused(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
-def test_a_database_that_dies_ends_the_control_plane_in_one_sentence(tmp_path: Path) -> None:
-    with running(tmp_path / "data") as plane:
+def test_a_database_that_dies_ends_the_control_plane_in_one_sentence(folder: Path) -> None:
+    with running(folder / "data") as plane:
         family = plane.family()
         os.kill(plane.facts["children"][0], signal.SIGKILL)
         assert plane.child.wait_for_exit() == 1
@@ -180,22 +180,22 @@ def test_a_database_that_dies_ends_the_control_plane_in_one_sentence(tmp_path: P
 
 
 def test_serve_with_servers_of_one_s_own(
-    migrated_postgres_url: str, postgres_url: str, mqtt: Mqtt, tmp_path: Path
+    migrated_postgres_url: str, postgres_url: str, mqtt: Mqtt, folder: Path
 ) -> None:
     free = ["--http-listen", "127.0.0.1:0", "--enrollment-listen", "127.0.0.1:0", "--node-listen", "127.0.0.1:0"]
     free += ["--artifacts-listen", "127.0.0.1:0", "--mqtt-url", mqtt.url]
-    status, output = ended(tmp_path / "empty", *free, "--postgres-url", postgres_url, command="serve")
+    status, output = ended(folder / "empty", *free, "--postgres-url", postgres_url, command="serve")
     assert status == 1
     assert "run `controlplane migrate`" in output
-    manager = tmp_path / "notify.sock"
+    manager = folder / "notify.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(manager))
         systemd.settimeout(30)
         env = {"NOTIFY_SOCKET": str(manager), "WATCHDOG_USEC": "300000"}
         arguments = [*free, "--postgres-url", migrated_postgres_url]
-        with running(tmp_path / "data", *arguments, command="serve", env=env) as plane:
+        with running(folder / "data", *arguments, command="serve", env=env) as plane:
             assert plane.facts["children"] == []
-            heard = set()
+            heard: set[bytes] = set()
             while not {b"READY=1", b"WATCHDOG=1"} <= heard:
                 heard.add(systemd.recv(1000))
             assert plane.call("/api/v1/info", token=plane.token)[1]["beatSeconds"] == 5.0
@@ -204,8 +204,8 @@ def test_serve_with_servers_of_one_s_own(
                 heard.add(systemd.recv(1000))
 
 
-def test_keys_are_made_on_the_command_line(tmp_path: Path) -> None:
-    folder = tmp_path / "data"
+def test_keys_are_made_on_the_command_line(folder: Path) -> None:
+    folder = folder / "data"
     with running(folder) as plane:
         with Child([PROGRAM, "key", "app", "--role", "gateway", "--data-dir", folder]) as child:
             key = child.wait_for_line(r"^(slmfleet_gateway_\S+)$")[1]
