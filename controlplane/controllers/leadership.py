@@ -58,7 +58,7 @@ class Leadership:
         asked = time.monotonic()
         try:
             async with self._engine.begin() as connection:
-                epoch = await leaders.acquire(connection, self.name, self._holder, self._lease_s)
+                epoch = await leaders.acquire(connection, self.name, self._holder, self._lease_s, self.epoch)
         except DATABASE_AWAY as error:
             log.warning("cannot renew a lead", controller=self.name, error=error)
             if asked >= self._valid_until:
@@ -77,9 +77,10 @@ class Leadership:
             self._held.set()
 
     async def _release(self) -> None:
-        epoch, self.epoch = self.epoch, None
+        epoch = self.epoch
         if epoch is None:
             return
+        self._set(None)
         with contextlib.suppress(TimeoutError, *DATABASE_AWAY):
             async with asyncio.timeout(2.0):
                 async with self._engine.begin() as connection:

@@ -15,6 +15,7 @@ from controlplane.db import assignments, fleet, leaders
 from controlplane.db.engine import hint
 from controlplane.domain.failover import FailoverPolicy, Storm, storms_of
 from controlplane.domain.fleet import Deployment, Fleet
+from controlplane.domain.liveness import NodeState
 from controlplane.domain.placement import Keep, Place, Plan, Remove, Revise, plan
 from slmfleet import logs
 
@@ -32,8 +33,8 @@ class PlacementController(Controller):
         super().__init__(engine, leadership)
         self._policy = policy
         self._max_replicas = max_replicas
-        # What was told last; a new leader says it once more.
-        self._storms: tuple[Storm, ...] = ()
+        # Those that were told; a new leader tells them once more.
+        self._storms: set[Storm] = set()
 
     async def reconcile(self, epoch: int) -> float | None:
         """One plan, applied in one transaction."""
@@ -48,7 +49,7 @@ class PlacementController(Controller):
             for deployment in snapshot.deployments
             if (status := status_of(deployment, snapshot, made)) != old.get(deployment.name)
         }
-        alarms = storms if {(s.began, s.ended) for s in storms} != {(s.began, s.ended) for s in self._storms} else ()
+        alarms = [storm for storm in storms if storm not in self._storms and _holds_back(storm, snapshot)]
         if made.changes or statuses or alarms:
             async with leaders.fenced(self._engine, self.name, epoch) as connection:
                 await _apply(connection, made)
@@ -56,7 +57,7 @@ class PlacementController(Controller):
                 events = [*_change_events(made), *_unplaced_events(statuses, old)]
                 events += [("error", "fleet", "ReplacementFrozen", storm.reason) for storm in alarms]
                 await assignments.record_events(connection, events)
-        self._storms = storms
+        self._storms = {storm for storm in storms if storm in self._storms or storm in alarms}
         if made.changes:
             log.info(
                 "placement plan applied",
@@ -72,6 +73,11 @@ class PlacementController(Controller):
             await connection.execution_options(isolation_level="REPEATABLE READ")
             snapshot = await fleet.load_fleet(connection, self._max_replicas)
             return snapshot, await assignments.statuses_of_deployments(connection)
+
+
+def _holds_back(storm: Storm, snapshot: Fleet) -> bool:
+    """Whether a node of the storm would be replaced by now. Until then it may be our own restart."""
+    return any(node.state is NodeState.LOST and storm.took(node.silent_since) for node in snapshot.nodes)
 
 
 _VERBS = {Place: "Placed", Remove: "Removed", Revise: "Revised"}

@@ -19,18 +19,24 @@ class Deposed(Exception):
     """Another process leads by now: what was to be written is out of date and must be dropped."""
 
 
-async def acquire(connection: AsyncConnection, name: str, holder: str, lease_s: float) -> int | None:
-    """Take or prolong the lead of ``name`` for ``lease_s`` from now; the epoch, or None while another holds it."""
+async def acquire(
+    connection: AsyncConnection, name: str, holder: str, lease_s: float, renew: int | None = None
+) -> int | None:
+    """Take the lead of ``name`` for ``lease_s`` from now, or prolong it; the epoch, or None while another holds it.
+
+    ``renew``: the epoch that the caller leads with. A process that starts has none, and gets a new one even where the
+    row names it (as after a crash): what an earlier process of its name still has under way is fenced.
+    """
     epoch = await connection.scalar(
         sa.text("""
             INSERT INTO leaders AS l (name, holder, epoch, lease_until)
             VALUES (:name, :holder, 1, clock_timestamp() + make_interval(secs => :lease_s))
             ON CONFLICT (name) DO UPDATE SET
-                epoch = l.epoch + CASE WHEN l.holder = excluded.holder THEN 0 ELSE 1 END,
+                epoch = l.epoch + CASE WHEN l.epoch = CAST(:renew AS bigint) THEN 0 ELSE 1 END,
                 holder = excluded.holder, lease_until = excluded.lease_until
             WHERE l.holder = excluded.holder OR l.lease_until < clock_timestamp()
             RETURNING epoch"""),
-        {"name": name, "holder": holder, "lease_s": lease_s},
+        {"name": name, "holder": holder, "lease_s": lease_s, "renew": renew},
     )
     return None if epoch is None else int(epoch)
 
@@ -56,23 +62,33 @@ async def fenced(engine: AsyncEngine, name: str, epoch: int) -> AsyncIterator[As
         yield connection
 
 
+async def start_replica(connection: AsyncConnection, replica_id: str, lease_s: float) -> None:
+    """Register this process, which starts now; and forget long dead ones, whose sessions were taken over or lost."""
+    await connection.execute(sa.text("DELETE FROM replicas WHERE lease_until < now() - interval '1 day'"))
+    await connection.execute(
+        sa.text("""
+            INSERT INTO replicas (replica_id, started_at, lease_until)
+            VALUES (:id, clock_timestamp(), clock_timestamp() + make_interval(secs => :lease_s))
+            ON CONFLICT (replica_id) DO UPDATE SET
+                started_at = excluded.started_at, lease_until = excluded.lease_until"""),
+        {"id": replica_id, "lease_s": lease_s},
+    )
+
+
 async def keep_replica(connection: AsyncConnection, replica_id: str, lease_s: float) -> None:
-    """Register this process, or prolong its lease.
+    """Prolong the lease of this process.
 
     One whose lease ran out begins anew: while it could not reach Postgres nothing was recorded, so that nodes must get
     their grace as after a start (``started_at`` says since when the silence of nodes means anything).
     """
     await connection.execute(
         sa.text("""
-            INSERT INTO replicas AS r (replica_id, started_at, lease_until)
-            VALUES (:id, clock_timestamp(), clock_timestamp() + make_interval(secs => :lease_s))
-            ON CONFLICT (replica_id) DO UPDATE SET
-                started_at = CASE WHEN r.lease_until < clock_timestamp() THEN clock_timestamp() ELSE r.started_at END,
-                lease_until = excluded.lease_until"""),
+            UPDATE replicas SET
+                started_at = CASE WHEN lease_until < clock_timestamp() THEN clock_timestamp() ELSE started_at END,
+                lease_until = clock_timestamp() + make_interval(secs => :lease_s)
+            WHERE replica_id = :id"""),
         {"id": replica_id, "lease_s": lease_s},
     )
-    # Long dead ones: their sessions have been taken over or are lost by now.
-    await connection.execute(sa.text("DELETE FROM replicas WHERE lease_until < now() - interval '1 day'"))
 
 
 async def end_replica(connection: AsyncConnection, replica_id: str) -> None:

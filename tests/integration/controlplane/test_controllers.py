@@ -149,20 +149,21 @@ def test_one_leads_and_the_other_takes_over_when_the_lease_ends(migrated_postgre
     async def scenario() -> None:
         async with engine_for(migrated_postgres_url) as engine:
 
-            async def acquire(holder: str, lease_s: float) -> int | None:
+            async def acquire(holder: str, lease_s: float, renew: int | None = None) -> int | None:
                 async with engine.begin() as connection:
-                    return await leaders.acquire(connection, "placement", holder, lease_s)
+                    return await leaders.acquire(connection, "placement", holder, lease_s, renew)
 
             assert await acquire("a", 60) == 1
             assert await acquire("b", 60) is None
-            assert await acquire("a", 0) == 1, "renewal keeps the epoch"
-            assert await acquire("b", 60) == 2
+            assert await acquire("a", 60, 1) == 1, "renewal keeps the epoch"
+            assert await acquire("a", 0) == 2, "a process that starts fences the one of its name before it"
+            assert await acquire("b", 60) == 3
             with pytest.raises(leaders.Deposed):
-                async with leaders.fenced(engine, "placement", 1) as connection:
+                async with leaders.fenced(engine, "placement", 2) as connection:
                     await connection.execute(sa.text("DELETE FROM settings"))
-            async with leaders.fenced(engine, "placement", 2) as connection:
-                await leaders.release(connection, "placement", 2)
-            assert await acquire("a", 60) == 3
+            async with leaders.fenced(engine, "placement", 3) as connection:
+                await leaders.release(connection, "placement", 3)
+            assert await acquire("a", 60) == 4
 
     run(scenario())
 
@@ -227,6 +228,20 @@ def test_a_clean_stop_hands_over_at_once(migrated_postgres_url: str, tmp_path: P
             async with controlplane(engine, tmp_path, replica_id="cp-2"):
                 await until(lambda: rows(engine, leads, id="cp-2"), 10)
             assert len(await rows(engine, "SELECT value FROM settings WHERE key = 'timeline'")) == 1
+
+    run(scenario())
+
+
+def test_a_cancelled_query_stays_a_cancellation(migrated_postgres_url: str) -> None:
+    """A loop that took it for a database that is away would never end."""
+
+    async def scenario() -> None:
+        async with engine_for(migrated_postgres_url) as engine, asyncio.TaskGroup() as group:
+            task = group.create_task(rows(engine, "SELECT pg_sleep(60)"))
+            await until(lambda: rows(engine, "SELECT 1 FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)'"))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
 
     run(scenario())
 
