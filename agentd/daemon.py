@@ -106,6 +106,8 @@ async def run(config: Config, make_host: Callable[[HostSettings], CountingHost])
     # Few threads: each costs memory, and only downloads and stat calls use them.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max_workers=4, thread_name_prefix="files"))
     with statefolder.lock(config.state_dir):
+        # Left by a run that was killed: whoever reads it must not take this run for that one.
+        statefolder.remove_runtime(config.state_dir)
         identity = await _unless_stopped(
             stopping, ensure_enrolled(config, lambda sentence: notifier.status(sentence, extend_s=180.0))
         )

@@ -23,6 +23,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from agentd.identity.enroll import enroll
+from agentd.identity.files import Identity
+from agentd.identity.pinning import parse_token
 from controlplane.node_api.pki import Pki
 from slmfleet.v1 import (
     enrollment_pb2,
@@ -232,6 +235,12 @@ class FakeControlPlane:
         token = f"slmfleet1.{secrets.token_hex(4)}.{secrets.token_urlsafe(24)}.{self.pki.ca_fingerprint}"
         self.tokens[token] = uses
         return token
+
+    async def enrol(self, state: Path, name: str = "n1") -> Identity:
+        """Enrol a node as `agentd enroll` does."""
+        token = parse_token(self.new_token())
+        facts = state_pb2.Inventory(hostname="h", formats=["gguf"])
+        return await asyncio.to_thread(enroll, state, self.endpoints.enrollment, token, name, {"site": "lyon"}, facts)
 
     def add_blob(self, content: bytes) -> str:
         sha256 = hashlib.sha256(content).hexdigest()

@@ -23,6 +23,9 @@ from agentd.models.types import (
     Refused,
     Timings,
 )
+from slmfleet import logs
+
+log = logs.get(__name__)
 
 WORDS = ("Hello", ",", " I", " am", " a", " fake", ".")
 
@@ -48,6 +51,8 @@ class FakeHost:
         self._subscribers: list[Callable[[ModelStatus], None]] = []
         self._counters: dict[ModelKey, ModelCounters] = {}
         self.running = 0
+        # Seconds before each word but the first.
+        self.word_s = float(os.environ.get("FAKE_HOST_WORD_S", "0"))
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk | Done]:
         self.requests.append(request)
@@ -66,6 +71,8 @@ class FakeHost:
                     await self.may_go_on.wait()
                     if self.fail_after is not None:
                         raise self.fail_after
+                if number:
+                    await asyncio.sleep(self.word_s)
                 yield Chunk(delta)
             finished = True
             counters = self._counters.setdefault(request.key, ModelCounters())
@@ -76,6 +83,8 @@ class FakeHost:
         finally:
             self.running -= 1
             self.cancelled += not finished
+            if not finished:
+                log.info("generation cancelled")
 
     def set_models(self, models: Sequence[LoadableModel]) -> None:
         self.models = {model.key: model for model in models}
