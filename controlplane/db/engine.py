@@ -56,6 +56,9 @@ def _connect(dialect: sa.Dialect, _record: Any, arguments: tuple[Any, ...], opti
 def _name_lost_connection(context: ExceptionContext) -> BaseException | None:
     """A connection that breaks in the middle of a statement is a bare DBAPIError otherwise."""
     original = context.original_exception
+    if not isinstance(original, Exception):
+        # A cancelled task breaks its connection as well; that must stay a cancellation.
+        return None
     cause = original if isinstance(original, _AWAY) else original.__cause__
     away = isinstance(cause, _AWAY) and not isinstance(cause, asyncpg.QueryCanceledError)
     named = isinstance(context.sqlalchemy_exception, (sa.exc.OperationalError, sa.exc.InterfaceError))
