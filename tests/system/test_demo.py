@@ -7,8 +7,10 @@ import json
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,22 @@ DEMO = ROOT / "deploy" / "demo" / "demo.py"
 DEMO_S = 300.0
 
 
+@dataclass
+class State:
+    """The folder of one fleet, and the nodes that were killed in it: they alone could not tidy up."""
+
+    folder: Path
+    killed: set[str] = field(default_factory=set)
+
+
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """State of one fleet, over all tests of this module: each starts what the one before ended."""
-    return tmp_path_factory.mktemp("demo") / "state"
+def state() -> Iterator[State]:
+    """One fleet over all tests of this module: each starts what the one before ended.
+
+    Not in pytest's own temporary folder: a parallel pytest closes that to the user that PostgreSQL runs as under root.
+    """
+    with tempfile.TemporaryDirectory(prefix="slmfleet-demo-") as folder:
+        yield State(Path(folder) / "state")
 
 
 class Watch:
@@ -41,7 +55,7 @@ class Watch:
         self._thread.start()
 
     def _look(self) -> None:
-        while not self._ended.wait(0.1):
+        while not self._ended.wait(0.25):
             for process in self._demo.descendants():
                 self.processes[process.pid] = process
                 try:
@@ -55,26 +69,30 @@ class Watch:
         self._thread.join()
 
 
-def assert_nothing_left(watch: Watch, data_dir: Path) -> None:
+def assert_nothing_left(watch: Watch, state: State) -> None:
     """No process, no port, no lock, no note of running programs."""
     watch.stop()
     assert_gone(list(watch.processes.values()), deadline_s=2.0)
     loopback = {("127.0.0.1" if ip in ("0.0.0.0", "::", "127.0.0.1") else ip, port) for ip, port in watch.ports}
     assert len(loopback) >= 4, "the control plane listens on several ports: the watch saw too little to judge"
     assert not [address for address in loopback if accepts(*address)]
-    notes = [str(path) for path in data_dir.rglob("runtime.json")]
-    assert not notes
-    for lock in [*data_dir.rglob("*.lock"), *data_dir.rglob("lock")]:
+    notes = {path.parent.name for path in state.folder.rglob("runtime.json")}
+    assert notes <= state.killed
+    locks = [*state.folder.rglob("*.lock"), *state.folder.rglob("lock")]
+    assert locks, "the control plane and the nodes hold locks while they run: none was found"
+    for lock in locks:
         with lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def run_once(data_dir: Path) -> tuple[dict[str, Any], str, Watch]:
-    with Child([sys.executable, DEMO, "--once", "--data-dir", data_dir], cwd=ROOT) as demo:
+def run_once(state: State) -> tuple[dict[str, Any], str, Watch]:
+    with Child([sys.executable, DEMO, "--once", "--data-dir", state.folder], cwd=ROOT) as demo:
         watch = Watch(demo)
         status = demo.wait_for_exit(DEMO_S)
         assert status == 0, demo.output
-        return json.loads(demo.lines[-1]), demo.output, watch
+        result = json.loads(demo.lines[-1])
+        state.killed |= {result["nodes"][0]}
+        return result, demo.output, watch
 
 
 def assert_story(result: dict[str, Any], output: str) -> None:
@@ -95,31 +113,31 @@ def assert_story(result: dict[str, Any], output: str) -> None:
     assert {"controlplane", "edge-1", "edge-2", "edge-3"} <= set(result["pids"])
 
 
-def test_the_whole_demo_answers_survives_a_kill_and_leaves_nothing(data_dir: Path) -> None:
-    result, output, watch = run_once(data_dir)
+def test_the_whole_demo_answers_survives_a_kill_and_leaves_nothing(state: State) -> None:
+    result, output, watch = run_once(state)
     assert_story(result, output)
     assert set(result["pids"].values()) <= set(watch.processes)
-    assert_nothing_left(watch, data_dir)
+    assert_nothing_left(watch, state)
 
 
-def test_a_second_start_finds_the_fleet_again(data_dir: Path) -> None:
-    nodes = data_dir / "nodes"
+def test_a_second_start_finds_the_fleet_again(state: State) -> None:
+    nodes = state.folder / "nodes"
     if not nodes.exists():
         pytest.skip("runs after the first start of the demo")
     before = {path.parent.parent.name: path.read_bytes() for path in nodes.glob("*/identity/client.pem")}
-    result, output, watch = run_once(data_dir)
+    result, output, watch = run_once(state)
     assert_story(result, output)
     assert output.count("is enrolled since an earlier start") == 3
     assert "smollm2-135m unchanged" in output
     after = {path.parent.parent.name: path.read_bytes() for path in nodes.glob("*/identity/client.pem")}
     assert before == after
     assert result["seconds"]["model"] < 10, "the model was fetched again"
-    assert_nothing_left(watch, data_dir)
+    assert_nothing_left(watch, state)
 
 
 @pytest.mark.parametrize("moment", [r"enrolled", r"ready on"])
-def test_ctrl_c_midway_ends_everything_in_order(data_dir: Path, moment: str) -> None:
-    with Child([sys.executable, DEMO, "--data-dir", data_dir], cwd=ROOT) as demo:
+def test_ctrl_c_midway_ends_everything_in_order(state: State, moment: str) -> None:
+    with Child([sys.executable, DEMO, "--data-dir", state.folder], cwd=ROOT) as demo:
         watch = Watch(demo)
         demo.wait_for_line(moment, DEMO_S)
         wait_until(lambda: len(watch.ports) >= 4, "the watch has seen the ports")
@@ -127,20 +145,21 @@ def test_ctrl_c_midway_ends_everything_in_order(data_dir: Path, moment: str) -> 
         assert demo.wait_for_exit(60) == 130, demo.output
         assert "Everything is stopped" in demo.output
         assert "had to be killed" not in demo.output
-    assert_nothing_left(watch, data_dir)
+    assert_nothing_left(watch, state)
 
 
-def test_it_stays_up_until_ctrl_c_and_a_second_one_is_refused_meanwhile(data_dir: Path) -> None:
-    with Child([sys.executable, DEMO, "--data-dir", data_dir], cwd=ROOT) as demo:
+def test_it_stays_up_until_ctrl_c_and_a_second_one_is_refused_meanwhile(state: State) -> None:
+    with Child([sys.executable, DEMO, "--data-dir", state.folder], cwd=ROOT) as demo:
         watch = Watch(demo)
         demo.wait_for_line("Ctrl-C ends everything", DEMO_S)
         assert re.search(r"http://127\.0\.0\.1:\d+/docs", demo.output)
-        with Child([sys.executable, DEMO, "--data-dir", data_dir], cwd=ROOT) as second:
+        with Child([sys.executable, DEMO, "--data-dir", state.folder], cwd=ROOT) as second:
             assert second.wait_for_exit(30) == 1
             assert "another demo runs" in second.output
+        state.killed |= set(re.findall(r"SIGKILL to (\S+)", demo.output))
         demo.send(signal.SIGINT)
         assert demo.wait_for_exit(60) == 0, demo.output
-    assert_nothing_left(watch, data_dir)
+    assert_nothing_left(watch, state)
 
 
 def test_a_failing_program_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
