@@ -63,17 +63,25 @@ class Host:
         """See ModelHost.generate."""
         body = json.dumps(dict(request.body), ensure_ascii=False).encode()
         message = worker_pb2.WorkerRequest(generate=worker_pb2.WorkerRequest.Generate(body=body))
-        async for item in self._serve(request, message):
-            assert not isinstance(item, Vectors)
-            yield item
+        ticket, owner = self._submit(request, message)
+        try:
+            async for item in ticket:
+                yield item  # type: ignore[misc]  # a generation has no Vectors
+        finally:
+            if not ticket.finished:
+                owner.post(on.Abandon(ticket))
 
     async def embed(self, request: GenerateRequest, inputs: Sequence[str]) -> Vectors:
         """Vectors for the inputs. ``request.body`` is not used. Raises as ``generate`` does."""
         message = worker_pb2.WorkerRequest(embed=worker_pb2.WorkerRequest.Embed(input=inputs))
-        async for item in self._serve(request, message):
-            if isinstance(item, Vectors):
-                return item
-        raise AssertionError("an embedding ended without its vectors")
+        ticket, owner = self._submit(request, message)
+        try:
+            vectors = await anext(ticket)
+        finally:
+            if not ticket.finished:
+                owner.post(on.Abandon(ticket))
+        assert isinstance(vectors, Vectors)
+        return vectors
 
     def set_models(self, models: Sequence[LoadableModel]) -> None:
         """See ModelHost.set_models."""
@@ -194,19 +202,11 @@ class Host:
         counters, key = owner.ledger.take(), owner.model.key
         self._departed[key] = self._departed[key].plus(counters) if key in self._departed else counters
 
-    async def _serve(
-        self, request: GenerateRequest, message: worker_pb2.WorkerRequest
-    ) -> AsyncIterator[Chunk | Done | Vectors]:
+    def _submit(self, request: GenerateRequest, message: worker_pb2.WorkerRequest) -> tuple[Ticket, Owner]:
         if message.ByteSize() > MAX_FRAME_BYTES // 2:
             raise Refused(400, "request_too_large", f"a request may have {MAX_FRAME_BYTES // 2} bytes; shorten it")
         ticket = Ticket(request, message, asyncio.get_running_loop().time())
-        owner = self._post(request.key, on.Submit(ticket))
-        try:
-            async for item in ticket:
-                yield item
-        finally:
-            if not ticket.finished:
-                owner.post(on.Abandon(ticket))
+        return ticket, self._post(request.key, on.Submit(ticket))
 
     def _post(self, key: ModelKey, event: on.Event) -> Owner:
         owner = self._owners.get(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 from collections import deque
@@ -20,6 +21,8 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
         self._splitter = FrameSplitter()
         self._frames: deque[bytes] = deque()
         self._lock = threading.Lock()
@@ -31,6 +34,8 @@ class Channel:
     def receive(self) -> worker_pb2.WorkerRequest | None:
         """The next message; None at end of file."""
         while not self._frames:
+            # A plain recv() would be woken in the kernel each time agentd takes a piece of an answer off the socket.
+            self._readable.poll()
             data = self._socket.recv(1 << 16)
             if not data:
                 return None
