@@ -102,6 +102,10 @@ class Config:
     )  # fmt: skip
     disk_reserve: int = option(256 * 2**20, "Bytes of disk that downloads leave free for everybody else.", parse_size)
     threads: int = option(0, "Processor threads of one model worker; 0 = all processors but one.", parse_count)
+    backends: Mapping[str, str] = option(
+        dict, "Backends of your own, format=module:Class, comma-separated; one for a known format replaces it.",
+        parse_labels,
+    )  # fmt: skip
     context_tokens: int = option(2048, "Context of a model that states none, in tokens.", parse_count)
     telemetry_interval: float = option(30.0, "Seconds between two rows of telemetry.", parse_interval)
     outbox_bytes: int = option(

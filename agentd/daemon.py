@@ -156,7 +156,7 @@ class Daemon:
         self._began_s = boottime_s()
         self._catalog = router.Catalog()
         self._serving = asyncio.Event()
-        self._formats = available_formats()
+        self._formats = available_formats(config.backends)
         self._local_api = address_of(listener)
         self._plan: Plan | None = None
 
@@ -410,6 +410,7 @@ def host_settings(config: Config) -> HostSettings:
         default_context_tokens=config.context_tokens,
         keep_alive_s=config.keep_alive,
         threads=config.threads,
+        backends=config.backends,
         run_dir=Path(config.state_dir) / "run",
     )
 

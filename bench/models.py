@@ -16,7 +16,7 @@ _STRING, _UINT32 = 8, 4
 
 def stub_environment() -> dict[str, str]:
     """Variables with which agentd serves GGUF files through the test suite's stub backend instead of llama.cpp."""
-    return {"AGENTD_BACKENDS": "gguf=tests.support.stub_backend:StubBackend", "PYTHONPATH": str(ROOT)}
+    return {"AGENTD_BACKENDS": "gguf=bench.stub:GgufStub", "PYTHONPATH": str(ROOT)}
 
 
 def stub_model(name: str, folder: Path) -> dict[str, Any]:
