@@ -134,11 +134,14 @@ class Config:
         "with its id and a password of its own.", parse_mqtt_url,
     )  # fmt: skip
     mqtt_ca_file: Path | None = option(
-        None, "PEM file of the authority that signed the broker's certificate; empty: the system's.",
+        None, "PEM file of the authority behind the broker's certificate; empty: the system's and the fleet's own.",
         parse_optional_path,
     )  # fmt: skip
     mqtt_cert_file: Path | None = option(
-        None, "PEM file of the client certificate shown to the broker; empty: none.", parse_optional_path
+        None,
+        "PEM file of the client certificate for an mqtts:// broker; empty: one by the fleet's authority, for the name "
+        "controlplane.",
+        parse_optional_path,
     )
     mqtt_key_file: Path | None = option(None, "PEM file of the private key of mqtt_cert_file.", parse_optional_path)
     beat: float = option(

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from controlplane import datafolder, keys
 from controlplane.artifacts.server import ArtifactServer
 from controlplane.artifacts.store import BlobStore
+from controlplane.broker_access import with_certificate
 from controlplane.config import Config
 from controlplane.controllers.manager import Controllers
 from controlplane.db.engine import Hints, make_engine
@@ -137,7 +138,7 @@ async def assemble(ground: Ground, engine: AsyncEngine) -> Parts:
 
     authenticator = Authenticator(engine)
     gateway = build_gateway(engine, hints, node_api.links, authenticator, GatewayPolicy(silent_s=config.ttl_s))
-    ingest = Ingest(engine, ground.mqtt, node_api.links, f"slmfleet-{replica_id}")
+    ingest = Ingest(engine, with_certificate(ground.mqtt, pki), node_api.links, f"slmfleet-{replica_id}")
     rest = build_rest(
         engine,
         authenticator=authenticator,

@@ -42,10 +42,12 @@ class MqttSettings:
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     tls: bool = False
-    # PEM files: the authority of the broker's certificate (None: the system's), our own certificate and its key.
+    # PEM files: the authority of the broker's certificate (None: the system's and the fleet's), the fleet's authority,
+    # our own certificate and its key.
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
+    fleet_ca_file: Path | None = None
 
     @classmethod
     def from_url(
@@ -71,6 +73,8 @@ class MqttSettings:
         """For TLS connections. Raises UserError when a file can't be read."""
         try:
             context = ssl.create_default_context(cafile=self.ca_file)
+            if self.ca_file is None and self.fleet_ca_file is not None:
+                context.load_verify_locations(self.fleet_ca_file)
             if self.cert_file is not None:
                 context.load_cert_chain(self.cert_file, self.key_file)
         except (OSError, ssl.SSLError) as error:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from tests.support.postgres import docker_answers
 from tests.support.processes import Child, free_port
@@ -27,7 +27,7 @@ class Mqtt:
     @property
     def url(self) -> str:
         """``mqtt://[user:password@]host:port``."""
-        login = f"{self.username}:{self.password}@" if self.username else ""
+        login = f"{quote(self.username, '')}:{quote(self.password or '', '')}@" if self.username else ""
         return f"mqtt://{login}{self.host}:{self.port}"
 
 
