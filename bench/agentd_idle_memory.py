@@ -27,7 +27,8 @@ KEEP_ALIVE_S = 3
 def run(rounds: int = 5) -> Result:
     """Ratio of the last of the three weights; the other two are told beside it."""
     start, busy, idle, baseline = [], [], [], []
-    with fleet({**stub_environment(), "AGENTD_KEEP_ALIVE": f"{KEEP_ALIVE_S}s"}) as private:
+    environment = {"AGENTD_KEEP_ALIVE": f"{KEEP_ALIVE_S}s", "AGENTD_TELEMETRY_INTERVAL": "5s"}
+    with fleet({**stub_environment(), **environment}) as private:
         private.start_controlplane()
         private.start_node(NODE)
         private.apply(stub_model("stub", private.folder), deployment("stub", replicas=1, warm=0))
@@ -41,7 +42,7 @@ def run(rounds: int = 5) -> Result:
                 start.append(pss_bytes(node.pid))
                 _work(private.local_api(NODE))
                 busy.append(pss_bytes(node.pid))
-                wait_until(lambda node=node: not node.descendants(), "everything idle was unloaded", 60)
+                _await_alone(node)
                 idle.append(pss_bytes(node.pid))
                 baseline.append(pss_bytes(bare.pid))
                 private.stop(NODE)
@@ -67,6 +68,10 @@ def _await_settled(private: Fleet) -> None:
         return any(row["bootId"] + str(row["sequence"]) not in known for row in rows)
 
     wait_until(newer, "telemetry comes through", 90)
+
+
+def _await_alone(node: Child) -> None:
+    wait_until(lambda: not node.descendants(), "everything idle was unloaded", 60)
 
 
 def _work(api: str) -> None:
