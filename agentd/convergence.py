@@ -1,6 +1,6 @@
 """What a node does next to become what its desired state says: a pure plan from (document, actual, now).
 
-Each file is fetched or re-verified one at a time; views are linked once all files of a variant are verified; models are
+Files are fetched or re-verified one at a time; views are linked once all files of a variant are verified; models are
 offered to the host once their view stands; what is needed no more goes last. Any prefix of a plan leaves the node safe,
 and planning again after applying a plan leads on from there.
 """
@@ -42,7 +42,8 @@ class Actual:
     partial: Mapping[str, int] = field(default_factory=dict)
     used_at: Mapping[str, int] = field(default_factory=dict)
     failures: Mapping[str, Failure] = field(default_factory=dict)
-    fetching: str = ""
+    # The file that is being downloaded or hashed now; "" when none is.
+    busy_with: str = ""
     views: Set[tuple[str, str]] = frozenset()
     # Views that were made or checked since agentd started.
     linked: Set[tuple[str, str]] = frozenset()
@@ -62,7 +63,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """Hash a file that is there without a valid mark."""
+    """Hash a file that is there without a valid mark, unless a file is being downloaded or hashed."""
 
     sha256: str
     reason: str
@@ -70,7 +71,7 @@ class Verify:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Download a file (resuming), unless one is being downloaded."""
+    """Download a file (resuming), unless a file is being downloaded or hashed."""
 
     sha256: str
     size_bytes: int
@@ -206,7 +207,7 @@ def plan(document: pb.NodeDocument | None, generation: int, actual: Actual, limi
         limits.room.free_bytes,
         limits.room.reserve_bytes,
     )
-    fetches, failures = _fetches(files, actual, room, now_s)
+    job, failures = _job(files, actual, room, now_s)
     loadable = [item for item in items if _is_linked(item, actual) and _may_serve(item)]
     statuses = tuple(_status(item, generation, actual, failures) for item in items)
     ready = frozenset(
@@ -217,9 +218,8 @@ def plan(document: pb.NodeDocument | None, generation: int, actual: Actual, limi
     return Plan(
         steps=(
             *_links(items, actual),
-            *_verifications(files, actual),
             *_removals(items, files, actual, room),
-            *fetches,
+            *job,
         ),
         models=_models(loadable, document.settings, limits),
         statuses=statuses,
@@ -257,18 +257,21 @@ def _files(items: Iterable[_Item]) -> dict[str, pb.FileRef]:
     return {file.sha256: file for item in ordered if item.variant for file in item.variant.files}
 
 
-def _fetches(
+def _job(
     files: Mapping[str, pb.FileRef], actual: Actual, room: Room, now_s: float
-) -> tuple[list[Fetch], dict[str, Failure]]:
-    """At most one download, and all reasons why files are not coming."""
+) -> tuple[list[Verify | Fetch], dict[str, Failure]]:
+    """At most one long task, hashing before downloading, and all reasons why files are not coming."""
     failures = {digest: failure for digest, failure in actual.failures.items() if digest in files}
     missing = [file for digest, file in files.items() if digest not in actual.verified]
-    if actual.fetching:
+    if actual.busy_with:
         return [], failures
+    for digest in files:
+        if digest in actual.unverified:
+            return [Verify(digest, "its mark is missing or old")], failures
     needed = sum(file.size_bytes for file in files.values())
     for file in missing:
         failure = actual.failures.get(file.sha256)
-        if file.sha256 in actual.unverified or (failure and failure.retry_at_s > now_s):
+        if failure and failure.retry_at_s > now_s:
             continue
         incoming = file.size_bytes - min(actual.partial.get(file.sha256, 0), file.size_bytes)
         refused = refusal(needed, incoming, room)
@@ -276,10 +279,6 @@ def _fetches(
             return [Fetch(file.sha256, file.size_bytes, "the desired state needs it")], failures
         failures[file.sha256] = Failure(*refused, retry_at_s=now_s + 15.0, attempts=0)
     return [], failures
-
-
-def _verifications(files: Mapping[str, pb.FileRef], actual: Actual) -> list[Verify]:
-    return [Verify(digest, "its mark is missing or old") for digest in files if digest in actual.unverified]
 
 
 def _is_staged(item: _Item, actual: Actual) -> bool:
@@ -313,7 +312,7 @@ def _removals(
     steps += [
         RemovePartial(digest, "it is not needed any more")
         for digest in sorted(actual.partial)
-        if digest not in files and digest != actual.fetching
+        if digest not in files and digest != actual.busy_with
     ]
     on_disk = {**actual.verified, **actual.unverified}
     incoming = sum(
@@ -418,7 +417,9 @@ def _staged(item: _Item, actual: Actual, failures: Mapping[str, Failure]) -> pb.
         if failure := failures.get(digest):
             return _false("Staged", failure.reason, failure.message)
     have = len(item.variant.files) - len(missing)
-    if actual.fetching in missing:
+    if actual.busy_with in missing:
+        if actual.busy_with in actual.unverified:
+            return _false("Staged", "Verifying", "a file on disk is being verified again")
         return _false("Staged", "Downloading", f"{have} of {len(item.variant.files)} files are on disk")
     return _false("Staged", "Waiting", "its files wait for their turn to be fetched")
 
@@ -452,7 +453,7 @@ def _warm(model: ModelStatus | None) -> pb.Condition:
 
 
 def _degraded(staged: pb.Condition, ready: pb.Condition, model: ModelStatus | None) -> pb.Condition:
-    harmless = ("Downloading", "Waiting")
+    harmless = ("Downloading", "Verifying", "Waiting")
     if not _is_true(staged) and staged.reason not in harmless:
         return _true("Degraded", staged.reason, staged.message)
     if ready.reason == "LoadFailed":

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,7 +34,7 @@ from agentd.convergence import (
     retry_delay_s,
 )
 from agentd.device.clock import boottime_s, wall_s
-from agentd.models.types import ModelHost
+from agentd.models.types import ModelHost, ModelKey, ModelStatus
 from agentd.telemetry.events import EventLog
 from slmfleet import logs
 from slmfleet.v1 import state_pb2 as pb
@@ -97,7 +98,10 @@ class Converger:
         self._wake = asyncio.Event()
         self._failures: dict[str, Failure] = {}
         self._linked: set[tuple[str, str]] = set()
-        self._download: _Download | None = None
+        self._crashes: dict[ModelKey, int] = {}
+        self._job: _Job | None = None
+        # Digests of the files that were verified at the last pass.
+        self.verified: frozenset[str] = frozenset()
         # When the last pass ended (CLOCK_BOOTTIME): the watchdog's proof of progress.
         self.last_pass_s = boottime_s()
 
@@ -109,73 +113,87 @@ class Converger:
         """Converge until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                current = await self.step(tasks)
-                self._wake_before(current)
                 try:
-                    async with asyncio.timeout(self._sleep_s(current)):
+                    current = await self.step(tasks)
+                    wait_s = self._sleep_s(current)
+                except (OSError, sqlite3.Error):
+                    # A full or failing disk: the models that are loaded go on serving, and the next pass tries again.
+                    log.error("a pass of convergence failed", exc_info=True, next_try_s=PERIOD_S)
+                    await asyncio.sleep(PERIOD_S)
+                    continue
+                try:
+                    async with asyncio.timeout(wait_s):
                         await self._wake.wait()
                 except TimeoutError:
                     pass
                 self._wake.clear()
 
     async def settle(self) -> None:
-        """Act on what is on disk, without any download: at start, before anybody waits for a network."""
+        """Act on what is verified on disk, without downloads or hashing: at start, before anything else runs."""
         for _ in range(8):
             current = await self.step(None)
-            if all(isinstance(step, Fetch) for step in current.steps):
+            if all(isinstance(step, (Fetch, Verify)) for step in current.steps):
                 return
 
     async def step(self, tasks: asyncio.TaskGroup | None) -> Plan:
-        """One pass. ``tasks`` runs the download; None: none is started."""
+        """One pass. ``tasks`` runs what takes long (a download, hashing); None: none of it is started."""
         actual = await self._load()
         document, generation = self._desired.document, self._desired.generation
         current = plan(document, generation, actual, await self._bounds(), boottime_s())
-        if self._download and self._download.sha256 not in current.needed:
-            self._download.stop.set()
-        removals = [step for step in current.steps if isinstance(step, (RemoveView, RemoveBlob, RemovePartial))]
+        if self._job and self._job.sha256 not in current.needed:
+            self._job.stop.set()
         for step in current.steps:
-            if step not in removals and not isinstance(step, Fetch):
+            if isinstance(step, Link):
                 await self._act(step)
         if document is not None:
             self._host.set_models(current.models)
         self._planned(current)
-        for step in removals:
-            await self._act(step)
         for step in current.steps:
-            if isinstance(step, Fetch) and tasks is not None:
-                self._download = _Download(step.sha256, Stop())
-                tasks.create_task(self._fetch(step, self._download), name=f"fetch {step.sha256[:12]}")
+            if isinstance(step, (RemoveView, RemoveBlob, RemovePartial)):
+                await self._act(step)
+            elif isinstance(step, (Fetch, Verify)) and tasks is not None:
+                self._job = _Job(step.sha256, Stop())
+                tasks.create_task(self._work(step, self._job), name=f"{type(step).__name__} {step.sha256[:12]}")
         self._report(current)
         self.last_pass_s = boottime_s()
         return current
 
     def _sleep_s(self, current: Plan) -> float:
-        if self._download is not None:
+        if any(isinstance(step, (Link, RemoveBlob)) for step in current.steps):
+            # What was just done makes other steps possible.
+            return 0.0
+        if self._job is not None:
             return PROGRESS_EVERY_S
         if current.wake_at_s is None:
             return PERIOD_S
         return min(PERIOD_S, max(current.wake_at_s - boottime_s(), 0.05))
 
-    def _wake_before(self, current: Plan) -> None:
-        """Steps that were just applied make others possible: no waiting in between."""
-        if any(isinstance(step, (Link, Verify, RemoveBlob)) for step in current.steps):
-            self._wake.set()
-
     async def _load(self) -> Actual:
         blobs, partial, views = await asyncio.to_thread(self._look)
         marks = await self._marks.load()
         verified = {blob.sha256: blob.size_bytes for blob in blobs if marks.get(blob.sha256, (None,))[0] == blob}
+        self.verified = frozenset(verified)
+        models = {status.key: status for status in self._host.status()}
+        await self._note_crashes(models.values())
         return Actual(
             verified=verified,
             unverified={blob.sha256: blob.size_bytes for blob in blobs if blob.sha256 not in verified},
             partial=partial,
             used_at={digest: used for digest, (_, used) in marks.items()},
             failures=dict(self._failures),
-            fetching=self._download.sha256 if self._download else "",
+            busy_with=self._job.sha256 if self._job else "",
             views=views,
             linked=frozenset(self._linked & views),
-            models={status.key: status for status in self._host.status()},
+            models=models,
         )
+
+    async def _note_crashes(self, models: Iterable[ModelStatus]) -> None:
+        """An event for each model that crashed since the last pass."""
+        for status in models:
+            if status.crashes > self._crashes.get(status.key, 0):
+                message = f"the worker of {status.key} ended badly: {status.reason or 'it gave no reason'}"
+                await self._events.record("error", "ModelCrashed", message, f"model/{status.key.model}")
+            self._crashes[status.key] = status.crashes
 
     def _look(self) -> tuple[list[Blob], dict[str, int], frozenset[tuple[str, str]]]:
         return self._store.blobs(), self._store.partial_sizes(), frozenset(self._store.views())
@@ -193,13 +211,6 @@ class Converger:
     async def _act(self, step: Step) -> None:
         log.info("converging", step=type(step).__name__, reason=step.reason, what=_what(step))
         match step:
-            case Verify(sha256):
-                blob = await asyncio.to_thread(self._store.verify, sha256)
-                if blob is None:
-                    await self._events.record("error", "DigestMismatch", "a file on disk was damaged; it was deleted",
-                                              f"artifact/{sha256}")  # fmt: skip
-                else:
-                    await self._marks.remember(blob, wall_s())
             case Link(digest, variant, files):
                 await asyncio.to_thread(self._store.link_view, digest, variant, list(files))
                 await self._marks.touch([sha256 for _, sha256 in files], wall_s())
@@ -213,28 +224,41 @@ class Converger:
             case RemovePartial(sha256):
                 await asyncio.to_thread(self._store.remove_partial, sha256)
 
-    async def _fetch(self, step: Fetch, download: _Download) -> None:
-        """Download one file; what it did shows in the store and in ``_failures``, then plan again."""
-        log.info("fetching a file", sha256=step.sha256[:12], size_bytes=step.size_bytes, reason=step.reason)
+    async def _work(self, step: Fetch | Verify, job: _Job) -> None:
+        """Download or hash one file; what came of it shows in the store, the marks and ``_failures``; plan again."""
+        log.info("working on a file", step=type(step).__name__, sha256=step.sha256[:12], reason=step.reason)
         began_s = boottime_s()
         try:
-            fetched = await asyncio.to_thread(self._fetcher, step.sha256, step.size_bytes, download.stop)
-            blob = await asyncio.to_thread(self._store.adopt, step.sha256)
-            await self._marks.remember(blob, wall_s())
-            self._failures.pop(step.sha256, None)
-            log.info("fetched a file", sha256=step.sha256[:12], seconds=round(boottime_s() - began_s, 3),
-                     resumed_from=fetched.resumed_from)  # fmt: skip
+            blob = await (self._fetch(step, job) if isinstance(step, Fetch) else self._verify(step, job))
+            if blob is not None:
+                await self._marks.remember(blob, wall_s())
+                self._failures.pop(step.sha256, None)
+                seconds = round(boottime_s() - began_s, 3)
+                log.info("a file is verified", sha256=step.sha256[:12], size_bytes=blob.size_bytes, seconds=seconds)
         except Cancelled:
-            log.info("a download was stopped", sha256=step.sha256[:12])
+            log.info("work on a file was stopped", sha256=step.sha256[:12])
         except (FetchFailed, OSError) as error:
             await self._failed(step, error)
         finally:
             # A cancelled task leaves a thread behind that must not outlive the daemon.
-            download.stop.set()
-            self._download = None
+            job.stop.set()
+            self._job = None
             self.poke()
 
-    async def _failed(self, step: Fetch, error: FetchFailed | OSError) -> None:
+    async def _fetch(self, step: Fetch, job: _Job) -> Blob:
+        await asyncio.to_thread(self._fetcher, step.sha256, step.size_bytes, job.stop)
+        return await asyncio.to_thread(self._store.adopt, step.sha256)
+
+    async def _verify(self, step: Verify, job: _Job) -> Blob | None:
+        blob = await asyncio.to_thread(self._store.verify, step.sha256, job.stop)
+        if blob is None:
+            log.error("a damaged file was deleted", sha256=step.sha256[:12])
+            await self._events.record(
+                "error", "DigestMismatch", "a file on disk was damaged; it was deleted", f"artifact/{step.sha256}"
+            )
+        return blob
+
+    async def _failed(self, step: Fetch | Verify, error: FetchFailed | OSError) -> None:
         reason = error.reason if isinstance(error, FetchFailed) else "FetchFailed"
         before = self._failures.get(step.sha256)
         attempts = before.attempts + 1 if before else 1
@@ -259,7 +283,7 @@ class Converger:
 
 
 @dataclass(frozen=True, slots=True)
-class _Download:
+class _Job:
     sha256: str
     stop: Stop
 

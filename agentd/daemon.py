@@ -23,6 +23,7 @@ from agentd import statefolder
 from agentd.agents import router
 from agentd.api.app import Api
 from agentd.api.chat import Chat
+from agentd.api.guard import host_filter
 from agentd.api.prometheus import Snapshot, render
 from agentd.api.server import ApiServer, address_of, bind
 from agentd.artifacts.fetch import Fetched, Stop, fetch
@@ -158,7 +159,6 @@ class Daemon:
         self._serving = asyncio.Event()
         self._formats = available_formats(config.backends)
         self._local_api = address_of(listener)
-        self._plan: Plan | None = None
 
         self._host = host
         self._ledger = Ledger(host.take_counters)
@@ -182,6 +182,7 @@ class Daemon:
             metrics=self._metrics,
             max_request_bytes=config.max_request_bytes,
             max_requests=config.max_requests,
+            host_allowed=host_filter(listener.getsockname()[0]),
             created_s=int(wall_s()),
         )
         self._server = ApiServer(self._api, listener, self._serving.set)
@@ -208,7 +209,7 @@ class Daemon:
 
     async def run(self, stopping: Stopping) -> None:
         """Run the parts until a signal; then stop them in order."""
-        self._desired.on_change(self._converger.poke)
+        self._desired.on_change(self._told)
         await self._converger.settle()
         async with asyncio.TaskGroup() as tasks:
             host = start(tasks, self._host.run(), "model host")
@@ -228,6 +229,7 @@ class Daemon:
                     start(tasks, keep_slim(lambda: self._api.last_request_s), "upkeep"),
                     start(tasks, self._watchdog(), "watchdog"),
                 ]
+                await self._events.record("info", "Started", f"agentd {__version__} started")
                 await stopping.asked.wait()
                 await self._stop(stopping, background, host, server)
             finally:
@@ -286,8 +288,7 @@ class Daemon:
         facts = await asyncio.to_thread(
             inventory.take, self._artifacts.root, sorted(self._formats), inventory.limits_kind()
         )
-        blobs = await asyncio.to_thread(self._artifacts.blobs)
-        return facts, [blob.sha256 for blob in blobs]
+        return facts, sorted(self._converger.verified)
 
     def _welcomed(self, welcome: session_pb2.Welcome) -> None:
         told = welcome.endpoints
@@ -299,12 +300,15 @@ class Daemon:
         self._converger.forgive()
 
     def _planned(self, current: Plan) -> None:
-        self._plan = current
         self._catalog = router.build(self._desired.document, current.chosen, current.ready, current.statuses)
-        if self._desired.document is not None:
-            problem = identity_files.trust(self._identity, self._desired.document.trusted_ca_pem)
-            if problem:
-                log.warning("authorities not changed", reason=problem)
+
+    def _told(self) -> None:
+        """A new desired state is stored."""
+        assert self._desired.document is not None
+        problem = identity_files.trust(self._identity, self._desired.document.trusted_ca_pem)
+        if problem:
+            log.warning("authorities not changed", reason=problem)
+        self._converger.poke()
 
     def _fetch(self, sha256: str, size_bytes: int, stop: Stop) -> Fetched:
         base = self._identity.endpoints.artifacts

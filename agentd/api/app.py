@@ -14,6 +14,7 @@ from typing import Any
 from agentd.agents.router import Catalog, names
 from agentd.api.chat import Chat
 from agentd.api.errors import ApiError
+from agentd.api.guard import is_json
 from agentd.api.validation import parse_chat
 from agentd.device.clock import boottime_s
 from slmfleet import logs
@@ -43,6 +44,7 @@ class Api:
         metrics: Callable[[], Awaitable[bytes]],
         max_request_bytes: int,
         max_requests: int,
+        host_allowed: Callable[[str], bool],
         created_s: int,
     ) -> None:
         self._chat = chat
@@ -52,6 +54,7 @@ class Api:
         self._metrics = metrics
         self._max_request_bytes = max_request_bytes
         self._max_requests = max_requests
+        self._host_allowed = host_allowed
         self._created_s = created_s
         # Chat requests that run or wait now.
         self.in_flight = 0
@@ -84,6 +87,8 @@ class Api:
     async def _route(self, scope: Message, receive: Receive, answer: _Answer) -> None:
         method, path = scope["method"], scope["path"]
         relayed = "slmfleet.relay" in (scope.get("extensions") or {})
+        if not relayed:
+            self._check_host(scope)
         if path == "/v1/chat/completions":
             _require(method, "POST")
             await self._chat_completions(scope, receive, answer, relayed)
@@ -102,6 +107,11 @@ class Api:
             await self._about_the_node(path, answer)
         else:
             raise ApiError(404, "not_found", f"there is no {path} here: see /v1/models and /v1/chat/completions")
+
+    def _check_host(self, scope: Message) -> None:
+        host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
+        if not self._host_allowed(host):
+            raise ApiError(403, "host_not_allowed", f"this API is for programs on this device, not for {host!r}")
 
     def _model(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._created_s, "owned_by": "slmfleet"}
@@ -127,8 +137,8 @@ class Api:
             raise ApiError(
                 503, "overloaded", f"{self._max_requests} requests run or wait on this node already", retry_after_s=1.0
             )
-        if not relayed:
-            _require_json(scope)
+        if not relayed and not is_json(scope["headers"]):
+            raise ApiError(415, "unsupported_media_type", "send the header `Content-Type: application/json`")
         self.in_flight += 1
         try:
             request = parse_chat(await self._read(receive))
@@ -195,10 +205,3 @@ async def _unless_gone(receive: Receive, work: Awaitable[None]) -> None:
 def _require(method: str, allowed: str) -> None:
     if method != allowed and not (method == "HEAD" and allowed == "GET"):
         raise ApiError(405, "method_not_allowed", f"use {allowed} here, not {method}")
-
-
-def _require_json(scope: Message) -> None:
-    """Only JSON by its content type: a web page of another origin can then not post here without a preflight."""
-    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
-    if not kinds or kinds[0].split(b";")[0].strip().lower() != b"application/json":
-        raise ApiError(415, "unsupported_media_type", "send the header `Content-Type: application/json`")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from agentd.api.errors import ApiError, bad_request
+from agentd.api.errors import bad_request
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
@@ -197,5 +197,3 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "top_logprobs": _integer(0, 20),
     "logit_bias": _logit_bias,
 }
-
-__all__ = ["ApiError", "ChatRequest", "parse_chat"]

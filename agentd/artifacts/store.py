@@ -11,12 +11,14 @@ All methods do I/O; call them off the event loop. One caller at a time (the conv
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from agentd.artifacts.fetch import Cancelled, Stop
 from agentd.files import fsync_folder
 
 _CHUNK = 1 << 20
@@ -73,13 +75,17 @@ class ArtifactStore:
         """Free space of the file system, for ordinary users."""
         return shutil.disk_usage(self.root).free
 
-    def verify(self, sha256: str) -> Blob | None:
-        """Read a blob that is there already; a wrong one is deleted, and None is returned."""
+    def verify(self, sha256: str, stop: Stop) -> Blob | None:
+        """Read a blob that is there already; a wrong one is deleted, and None is returned. Raises Cancelled."""
         path = self.blob_path(sha256)
         before = path.stat()
+        digest = hashlib.sha256()
         with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-        if actual != sha256:
+            while chunk := file.read(_CHUNK):
+                if stop.is_set():
+                    raise Cancelled
+                digest.update(chunk)
+        if digest.hexdigest() != sha256:
             path.unlink()
             fsync_folder(self._blobs)
             return None
@@ -105,7 +111,7 @@ class ArtifactStore:
             if link.exists() and link.samefile(blob):
                 continue
             link.unlink(missing_ok=True)
-            os.link(blob, link)
+            _link(blob, link)
         for stray in _files_under(view):
             if str(stray.relative_to(view)) not in wanted:
                 stray.unlink()
@@ -134,6 +140,17 @@ class ArtifactStore:
     def remove_partial(self, sha256: str) -> None:
         """Forget an unfinished download."""
         self.partial_path(sha256).unlink(missing_ok=True)
+
+
+def _link(blob: Path, link: Path) -> None:
+    """A hard link: runtimes that resolve symbolic ones would look for a model's other files among the blobs. Where
+    the file system has none (exFAT, some FUSE), a symbolic one."""
+    try:
+        os.link(blob, link)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        link.symlink_to(os.path.relpath(blob, link.parent))
 
 
 def _files_under(folder: Path) -> list[Path]:

@@ -191,6 +191,43 @@ def test_a_download_goes_on_after_kill_minus_9(tmp_path: Path) -> None:
     run(test)
 
 
+def test_a_file_that_was_damaged_on_disk_is_found_told_and_fetched_again(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with FakeControlPlane(tmp_path) as plane:
+            await plane.enrol(tmp_path / "state")
+            plane.desired = desired_state(document(plane), 1)
+            (sha256,) = plane.blobs
+            blob = tmp_path / "state/artifacts/blobs" / sha256
+            with started(tmp_path / "state") as node:
+                await converged(plane)
+                node.child.process.send_signal(signal.SIGTERM)
+                assert await asyncio.to_thread(node.child.wait_for_exit) == 0
+            blob.chmod(0o600)
+            blob.write_bytes(b"?" + CONTENT[1:])
+            with started(tmp_path / "state") as node:
+                await asyncio.to_thread(node.child.wait_for_line, "a damaged file was deleted")
+                await converged(plane, 2)
+                assert blob.read_bytes() == CONTENT
+                assert [digest for digest, _ in plane.files.requests] == [sha256, sha256]
+
+    run(test)
+
+
+def test_a_full_disk_does_not_end_the_daemon(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with FakeControlPlane(tmp_path) as plane:
+            await plane.enrol(tmp_path / "state")
+            plane.desired = desired_state(document(plane), 1)
+            with started(tmp_path / "state", "--disk-reserve", "900TB") as node:
+                link = await plane.connection()
+                found = await link.condition("a1", "Staged", reason="DiskFull")
+                assert any("free some space" in condition.message for condition in found.conditions)
+                assert await asyncio.to_thread(node.get, "/healthz") == {"status": "ok"}
+                assert list((tmp_path / "state/artifacts/partial").iterdir()) == []
+
+    run(test)
+
+
 def test_no_backend_is_reported(tmp_path: Path) -> None:
     async def test() -> None:
         async with FakeControlPlane(tmp_path) as plane:

@@ -223,7 +223,7 @@ def test_blobs_are_shared_linked_and_protected(tmp_path: Path) -> None:
 def test_a_damaged_blob_is_found_and_deleted(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path / "artifacts")
     store.blob_path(SHA256).write_bytes(CONTENT[:-1])
-    assert store.verify(SHA256) is None
+    assert store.verify(SHA256, Stop()) is None
     assert store.blobs() == []
 
 

@@ -13,6 +13,7 @@ import pytest
 from agentd.agents.router import Catalog, Target
 from agentd.api.app import Api
 from agentd.api.chat import Chat, merge_delta
+from agentd.api.guard import host_filter
 from agentd.models.types import GenerationFailed, LoadableModel, ModelKey, Refused
 from slmfleet.v1 import state_pb2 as pb
 from tests.support.fake_host import FakeHost
@@ -41,6 +42,7 @@ class Rig:
             metrics=self._metrics,
             max_request_bytes=2000,
             max_requests=max_requests,
+            host_allowed=host_filter("127.0.0.1"),
             created_s=1,
         )
 

@@ -78,8 +78,9 @@ def test_without_a_document_nothing_is_touched() -> None:
     ("actual", "steps", "staged", "reason"),
     [
         (Actual(), [Fetch], False, "Waiting"),
-        (Actual(partial={A: 40}, fetching=A), [], False, "Downloading"),
+        (Actual(partial={A: 40}, busy_with=A), [], False, "Downloading"),
         (Actual(unverified={A: 100}), [Verify], False, "Waiting"),
+        (Actual(unverified={A: 100}, busy_with=A), [], False, "Verifying"),
         (Actual(verified={A: 100}), [Link], True, "Verified"),
         (Actual(verified={A: 100}, views={(DIGEST, "q4")}, linked={(DIGEST, "q4")}), [], True, "Verified"),
         (Actual(failures={A: Failure("DigestMismatch", "wrong", 50.0, 1)}), [], False, "DigestMismatch"),
