@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from agentd.device.cgroups import Cgroups, Group, Limits, open_cgroups
 from agentd.models.backends import FORMATS
 from agentd.models.inspect import ModelFacts, NotAModel
 from agentd.models.memory import Estimate, context_for, estimate
 from agentd.models.process import Exit, Launch, Worker, WorkerProcess, reap_leftovers, resident_bytes
 from agentd.models.settings import HostSettings
-from agentd.models.types import LoadableModel
+from agentd.models.types import LoadableModel, ModelKey
 from agentd.models.worker.environment import worker_environment
 from slmfleet import logs
 from slmfleet.v1 import worker_pb2
@@ -62,9 +63,15 @@ class ProcessLauncher:
         self._settings = settings
         self._run_dir: Path | None = None
         self._serial = 0
+        self._cgroups: Cgroups | None = None
+        self._estimates: dict[ModelKey, int] = {}
 
     def open(self) -> None:
         """Make the run folder, and end what an earlier agentd left in it."""
+        if self._settings.memory_limit_factor:
+            self._cgroups = open_cgroups()
+            if self._cgroups is None:
+                log.warning("workers run without limits by the kernel: no cgroup is writable here")
         if self._settings.run_dir is None:
             self._run_dir = Path(tempfile.mkdtemp(prefix="slmfleet-workers-"))
             return
@@ -72,6 +79,8 @@ class ProcessLauncher:
         self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if ended := reap_leftovers(self._run_dir):
             log.warning("ended workers that an earlier agentd left", pids=ended)
+        if self._cgroups is not None:
+            self._cgroups.sweep("worker-")
 
     def close(self) -> None:
         """Remove a temporary run folder."""
@@ -97,6 +106,7 @@ class ProcessLauncher:
             kv_type=settings.kv_type,
             prefill_chunk=settings.prefill_chunk,
         )
+        self._estimates[model.key] = guess.total
         load = worker_pb2.WorkerRequest.Load(
             backend=backend,
             entry=str(model.entry.absolute()),
@@ -114,11 +124,20 @@ class ProcessLauncher:
     async def start(self, model: LoadableModel, on_reply: OnReply, on_exit: OnExit) -> Worker:
         assert self._run_dir is not None, "open() comes first"
         self._serial += 1
+        name = f"worker-{os.getpid()}-{self._serial}"
         launch = Launch(
-            folder=self._run_dir / f"worker-{os.getpid()}-{self._serial}",
+            folder=self._run_dir / name,
             environment=worker_environment(os.environ, self._settings.worker_environment),
+            group=self._group(name, self._estimates.get(model.key, 0)),
         )
         return await WorkerProcess.start(launch, on_reply, on_exit)
+
+    def _group(self, name: str, estimate_bytes: int) -> Group | None:
+        if self._cgroups is None:
+            return None
+        settings = self._settings
+        memory = int(estimate_bytes * settings.memory_limit_factor)
+        return self._cgroups.create(name, Limits(memory, settings.worker_cpus, settings.worker_pids))
 
     def memory_bytes(self, worker: Worker) -> int:
         return resident_bytes(worker.pid)

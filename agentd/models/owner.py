@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from agentd.models import admission, refusals
@@ -56,6 +56,8 @@ class _Life:
 
     serial: int = 0
     started_s: float = 0.0
+    # What it is told to load: the settings may change before it is spawned.
+    load: WorkerRequest = field(default_factory=WorkerRequest)
     worker: Worker | None = None
     slots: int = 1
     ready_s: float | None = None
@@ -224,8 +226,11 @@ class Owner:
                 self._configure(model)
             case _, on.Close():
                 self._closing = True
+                _resolve(self._holds, refusals.removed(self.model.key))
             case _, on.Probe(answer):
                 _resolve([answer], None)
+            case _, on.Hold(answer) if self._closing:
+                _resolve([answer], refusals.removed(self.model.key))
             case State.READY, on.Hold(answer):
                 self._last_used_s = now
                 _resolve([answer], None)
@@ -242,7 +247,7 @@ class Owner:
                 pass
             case State.UNLOADED, on.Prepare(model, prepared, error):
                 self._on_prepared(model, prepared, error, now)
-            case State.UNLOADED, on.Granted() if self._asked and self._prepared is not None:
+            case State.UNLOADED, on.Granted() if self._asked:
                 self._start(now)
             case _, on.Granted():
                 self._broker.release(self.model)
@@ -265,8 +270,7 @@ class Owner:
         match self._state, event:
             case State.LOADING, on.Spawned(_, worker):
                 self._life.worker = worker
-                assert self._prepared is not None
-                worker.send(self._prepared.load)
+                worker.send(self._life.load)
             case State.STOPPING, on.Spawned(_, worker):
                 self._life.worker = worker
                 self._end_worker()
@@ -423,10 +427,10 @@ class Owner:
 
     def _start(self, now: float) -> None:
         self._asked = False
-        if not self._is_wanted(now):
+        if self._prepared is None or not self._is_wanted(now):
             self._broker.release(self.model)
             return
-        self._life = _Life(serial=self._life.serial + 1, started_s=now)
+        self._life = _Life(serial=self._life.serial + 1, started_s=now, load=self._prepared.load)
         self._move(State.LOADING)
         self._effects.create_task(self._spawn(self.model, self._life.serial), name=f"spawn {self.model.key}")
 
@@ -442,9 +446,10 @@ class Owner:
 
     def _watch_load(self, now: float) -> None:
         limit = self._load_limit_s()
-        if now - self._life.started_s >= limit:
+        # Written as _arm writes it: a rounding error would make the timer fire for ever.
+        if now >= self._life.started_s + limit:
             self._kill(f"it was not loaded after {limit:.0f} s")
-        elif (self._closing or self._life.leave) and not self.references:
+        elif (self._closing or self._life.leave) and not self.references and not self._holds:
             self._stop()
 
     def _serve(self, now: float) -> None:
@@ -470,7 +475,7 @@ class Owner:
         if self._closing:
             return "no longer assigned to this node"
         idle = self._idle_limit_s()
-        return f"idle for {idle:g} s" if idle is not None and now - self._last_used_s >= idle else ""
+        return f"idle for {idle:g} s" if idle is not None and now >= self._last_used_s + idle else ""
 
     def _idle_limit_s(self) -> float | None:
         """Seconds of idleness after which the model goes; None: never."""

@@ -16,12 +16,14 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from agentd.device.cgroups import Group
 from agentd.models.wire import FrameProtocol, Serializable
+from slmfleet.units import format_size
 from slmfleet.v1 import worker_pb2
 
 _STDERR_LINES = 20
@@ -39,8 +41,12 @@ class Exit:
 
     code: int
     lines: tuple[str, ...] = ()
+    # The memory limit that the kernel killed it for, in bytes; 0: it did not.
+    over_limit_bytes: int = 0
 
     def __str__(self) -> str:
+        if self.over_limit_bytes:
+            return f"was killed by the kernel: it needed more than its limit of {format_size(self.over_limit_bytes)}"
         if self.code < 0:
             with contextlib.suppress(ValueError):
                 return f"was killed by {signal.Signals(-self.code).name}"
@@ -73,8 +79,8 @@ class Launch:
     # A new folder that only this worker uses; removed when it has ended.
     folder: Path
     environment: Mapping[str, str]
-    # Files (cgroup.procs) that the child writes itself into.
-    enter: Sequence[Path] = ()
+    # The cgroup that the child enters; removed when it has ended.
+    group: Group | None = None
     python: str = sys.executable
 
 
@@ -110,8 +116,8 @@ class WorkerProcess:
         launch.folder.mkdir(mode=0o700, parents=True)
         worker = [launch.python, "-P", "-m", "agentd.models.worker", "--fd", str(theirs.fileno())]
         worker += ["--parent", str(os.getpid())]
-        if launch.enter:
-            worker = ["/bin/sh", "-c", _ENTER, "sh", *map(str, launch.enter), "--", *worker]
+        if launch.group:
+            worker = ["/bin/sh", "-c", _ENTER, "sh", *map(str, launch.group.enter), "--", *worker]
         process = subprocess.Popen(
             worker,
             cwd=launch.folder,
@@ -206,7 +212,16 @@ class WorkerProcess:
         self._loop.remove_reader(self._stderr.fileno())
         self._stderr.close()
         shutil.rmtree(self._launch.folder, ignore_errors=True)
-        self._on_exit(Exit(self._code, tuple(self._lines)))
+        self._on_exit(Exit(self._code, tuple(self._lines), self._leave_group()))
+
+    def _leave_group(self) -> int:
+        """Remove the cgroup; its memory limit, if that was what killed the worker."""
+        group = self._launch.group
+        if group is None:
+            return 0
+        limit = group.limits.memory_bytes if self._code == -signal.SIGKILL and group.oom_kills() else 0
+        group.remove()
+        return limit
 
 
 def start_time(pid: int) -> str:

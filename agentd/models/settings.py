@@ -61,8 +61,11 @@ class HostSettings:
     stop_grace_s: float = 2.0
     # Folder for what workers need while they live (mode 0700, emptied at start); None = a fresh temporary one.
     run_dir: Path | None = None
-    # Limits per worker by the kernel: see device/cgroups.py. None = no cgroup is made.
-    cgroup_root: Path | None = None
+    # Give each worker a cgroup, where the kernel lets us; its limit is the estimate times this. 0 = no cgroups.
+    memory_limit_factor: float = 0.0
+    # Limits in that cgroup: processors, and processes with threads; 0 = none.
+    worker_cpus: float = 0.0
+    worker_pids: int = 0
     # More backends, or others: format -> "module:Class".
     backends: Mapping[str, str] = field(default_factory=dict)
     # Variables for workers, over those of this process.

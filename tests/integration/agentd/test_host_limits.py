@@ -1,0 +1,72 @@
+"""Real cgroups around real workers; skipped where this process may make none."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from agentd.device.cgroups import open_cgroups
+from agentd.models.host import Host
+from agentd.models.settings import BackoffSettings, HostSettings
+from agentd.models.types import LoadableModel, Refused
+from tests.support import stub_backend
+from tests.support.hosts import answer, request, running, status_of
+from tests.support.models import loadable
+
+pytestmark = pytest.mark.model
+MB = 10**6
+
+
+@pytest.fixture(autouse=True)
+def cgroups() -> None:
+    if open_cgroups() is None:
+        pytest.skip("no cgroup is writable here (needs root, or systemd with Delegate=yes)")
+
+
+def stub(folder: Path, name: str, **options: object) -> LoadableModel:
+    return loadable(stub_backend.write_stub(folder / f"{name}.json", **options), "stub", name)
+
+
+def settings(**more: object) -> HostSettings:
+    return HostSettings(**{**stub_backend.host_options(), "backoff": BackoffSettings(0.2), **more})  # type: ignore[arg-type]
+
+
+def test_worker_over_its_limit_is_killed_alone_and_named(tmp_path: Path):
+    # The stub's estimate is 32 MB, whatever it takes.
+    greedy, modest = stub(tmp_path, "greedy", memory_bytes=400 * MB), stub(tmp_path, "modest")
+
+    async def scenario():
+        async with running(Host(settings(memory_limit_factor=4.0)), [greedy, modest]) as host:
+            await answer(host, request(modest.key))
+            pid = status_of(host, modest.key).pid
+            with pytest.raises(Refused, match=r"was killed by the kernel: it needed more than its limit of 128\.0 MB"):
+                await answer(host, request(greedy.key))
+            assert status_of(host, modest.key).pid == pid
+            await answer(host, request(modest.key))
+
+    asyncio.run(scenario())
+
+
+def group_of(pid: int) -> Path:
+    """The folder of the memory cgroup (v1) or the cgroup (v2) of a worker."""
+    lines = [line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+    path = next(path for _, controllers, path in lines if controllers in ("memory", "") and "/slmfleet/worker-" in path)
+    name = path.rpartition("/")[2]
+    # The path may begin outside of this container: look for its end.
+    return next(f for f in Path("/sys/fs/cgroup").rglob(f"slmfleet/{name}") if "cpu" not in f.parts)
+
+
+def test_worker_is_in_its_group_from_the_start_and_the_group_goes(tmp_path: Path):
+    model = stub(tmp_path, "m")
+
+    async def scenario() -> Path:
+        async with running(Host(settings(memory_limit_factor=8.0, worker_cpus=0.5, worker_pids=50)), [model]) as host:
+            await host.load(model.key)
+            pid = status_of(host, model.key).pid
+            folder = group_of(pid)
+            assert str(pid) in (folder / "cgroup.procs").read_text().split()
+            return folder
+
+    assert not asyncio.run(scenario()).exists()
