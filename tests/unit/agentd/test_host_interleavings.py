@@ -108,12 +108,12 @@ async def scenario(seed: int) -> None:
     assert launcher.most_alive <= min(places or 9, limit // launcher.memory if limit else 9)
     # After all that, nothing is held: no reference, and with nothing assigned no worker and no memory.
     async with asyncio.timeout(200):
-        while any(status.in_flight or status.queued for status in host.status()):
-            await asyncio.sleep(1)  # noqa: ASYNC110 - costs nothing in virtual time
+        while any(status.in_flight or status.queued for status in host.status()):  # noqa: ASYNC110 - virtual time
+            await asyncio.sleep(1)
     host.set_models([])
     async with asyncio.timeout(1000):
-        while host.status():
-            await asyncio.sleep(1)  # noqa: ASYNC110
+        while host.status():  # noqa: ASYNC110
+            await asyncio.sleep(1)
     assert not launcher.alive
     assert host.granted_bytes() == 0
     assert await host.probe() == ""
