@@ -46,6 +46,13 @@ def parse_name(value: Any) -> str:
     return str(value)
 
 
+def parse_endpoint(value: Any) -> str:
+    """host:port, or nothing."""
+    if value:
+        parse_address(value)
+    return str(value)
+
+
 def parse_count(value: Any) -> int:
     """A whole number, zero or more."""
     number = parse_int(value)
@@ -86,6 +93,10 @@ class Config:
     )
     server: str = option("", "host:port of the control plane's enrolment service; used until the node is enrolled.")
     token_file: str = option("", "File that holds a one-time enrolment token; used until the node is enrolled.")
+    node_api: str = option(
+        "", "host:port where the control plane takes sessions, for one that moved; empty: as it said last.",
+        parse_endpoint,
+    )  # fmt: skip
     keep_alive: float = option(
         300.0, "Seconds that a model stays loaded after its last request; 0 = unload at once, -1 = never unload.",
         parse_keep_alive,

@@ -114,6 +114,8 @@ async def run(config: Config, make_host: Callable[[HostSettings], CountingHost])
         )
         if identity is None:
             return
+        if config.node_api:
+            identity = identity_files.learn_endpoints(identity, Endpoints(config.node_api, "", ""))
         listener = bind(config.api_listen)
         database = await Database.open(config.state_dir / "store.db")
         try:

@@ -122,7 +122,8 @@ class Demo:
                 self.story.done(f"{node} is enrolled: a token in, a certificate out ({labels})")
         for node in NODES:
             arguments = ["agentd", "run", "--state-dir", self.state_dir(node), "--api-listen", "127.0.0.1:0"]
-            self.programs.start(node, arguments)
+            # The control plane had to take another port if somebody else has its old one now.
+            self.programs.start(node, [*arguments, "--node-api", self._runtime["node_api"]])
         programs = [self.programs.programs[node] for node in NODES]
         for node, program in zip(NODES, programs, strict=True):
             self._wait_for_runtime(program, self.state_dir(node))

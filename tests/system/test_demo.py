@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -120,12 +122,16 @@ def test_the_whole_demo_answers_survives_a_kill_and_leaves_nothing(state: State)
     assert_nothing_left(watch, state)
 
 
-def test_a_second_start_finds_the_fleet_again(state: State) -> None:
+def test_a_second_start_finds_the_fleet_again_though_its_ports_are_taken(state: State) -> None:
     nodes = state.folder / "nodes"
     if not nodes.exists():
         pytest.skip("runs after the first start of the demo")
     before = {path.parent.parent.name: path.read_bytes() for path in nodes.glob("*/identity/client.pem")}
-    result, output, watch = run_once(state)
+    with contextlib.ExitStack() as others:
+        ports = json.loads((state.folder / "ports.json").read_text()).values()
+        for port in ports:
+            others.enter_context(socket.create_server(("127.0.0.1", port)))
+        result, output, watch = run_once(state)
     assert_story(result, output)
     assert output.count("is enrolled since an earlier start") == 3
     assert "smollm2-135m unchanged" in output
