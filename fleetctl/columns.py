@@ -35,7 +35,7 @@ def columns(kind: Kind, now: datetime.datetime) -> Sequence[Column]:
         labels = Column("LABELS", lambda row: human.labels(at(row, "metadata.labels")))
         return [name, *_node(now), age, labels]
     if kind is kinds.MODEL:
-        return [name, *_model(), age]
+        return [name, *_model(), age, Column("MESSAGE", text("status.message"), sparse=True)]
     if kind is kinds.AGENT:
         return [name, *_agent(), age]
     if kind is kinds.DEPLOYMENT:
@@ -65,7 +65,6 @@ def _model() -> list[Column]:
         Column("PHASE", model_phase),
         Column("SIZE", lambda row: size(at(row, "status.bytesTotal")), right=True),
         Column("VARIANTS", variants),
-        Column("MESSAGE", text("status.message"), sparse=True),
     ]
 
 
