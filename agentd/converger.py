@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from agentd.artifacts.fetch import Cancelled, Fetched, FetchFailed, Stop
+from agentd.artifacts.attempt import Cancelled, Fetched, FetchFailed, Stop
 from agentd.artifacts.marks import Marks
 from agentd.artifacts.quota import Room
 from agentd.artifacts.store import ArtifactStore, Blob

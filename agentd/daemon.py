@@ -26,7 +26,7 @@ from agentd.api.chat import Chat
 from agentd.api.guard import host_filter
 from agentd.api.prometheus import Snapshot, render
 from agentd.api.server import ApiServer, address_of, bind
-from agentd.artifacts.fetch import Fetched, Stop, fetch
+from agentd.artifacts.attempt import Fetched, Stop
 from agentd.artifacts.marks import Marks
 from agentd.artifacts.store import ArtifactStore
 from agentd.board import StatusBoard
@@ -43,7 +43,7 @@ from agentd.identity.renewal import keep_renewed
 from agentd.models.backends import available_formats
 from agentd.models.counters import ModelCounters
 from agentd.models.settings import HostSettings
-from agentd.models.types import ModelHost, ModelKey, ModelStatus
+from agentd.models.types import ModelHost, ModelKey, ModelState, ModelStatus
 from agentd.parts import Part, end_all, start
 from agentd.store.database import Database
 from agentd.store.desired import DesiredStore
@@ -52,7 +52,7 @@ from agentd.telemetry.events import EventLog
 from agentd.telemetry.ledger import Ledger
 from agentd.telemetry.publisher import Publisher
 from agentd.telemetry.recorder import Recorder
-from agentd.upkeep import keep_slim, own_memory_bytes
+from agentd.upkeep import Upkeep, own_memory_bytes
 from slmfleet import __version__, logs
 from slmfleet.systemd import Notifier
 from slmfleet.v1 import session_pb2, state_pb2
@@ -174,7 +174,8 @@ class Daemon:
                        config.disk_reserve),
             self._planned,
         )  # fmt: skip
-        host.subscribe(lambda _: self._converger.poke())
+        self._upkeep = Upkeep(lambda: self._api.last_request_s, lambda: self._api.in_flight)
+        host.subscribe(self._model_changed)
         chat = Chat(host, lambda: self._catalog, self._ledger.refused)
         self._api = Api(
             chat,
@@ -228,7 +229,7 @@ class Daemon:
                     start(tasks, self._publisher.run(), "telemetry publisher"),
                     start(tasks, self._session(), "session"),
                     start(tasks, keep_renewed(self._config.state_dir, wall_s, self._renewed), "certificate renewal"),
-                    start(tasks, keep_slim(lambda: self._api.last_request_s), "upkeep"),
+                    start(tasks, self._upkeep.run(), "upkeep"),
                     start(tasks, self._watchdog(), "watchdog"),
                 ]
                 await self._events.record("info", "Started", f"agentd {__version__} started")
@@ -301,6 +302,11 @@ class Daemon:
             self._publisher.use(welcome.mqtt, welcome.session_epoch)
         self._converger.forgive()
 
+    def _model_changed(self, status: ModelStatus) -> None:
+        self._converger.poke()
+        if status.state in (ModelState.STOPPING, ModelState.UNLOADED):
+            self._upkeep.poke()
+
     def _planned(self, current: Plan) -> None:
         self._catalog = router.build(self._desired.document, current.chosen, current.ready, current.statuses)
 
@@ -313,6 +319,9 @@ class Daemon:
         self._converger.poke()
 
     def _fetch(self, sha256: str, size_bytes: int, stop: Stop) -> Fetched:
+        # The HTTP client is imported by the first download: most starts of a node bring none.
+        from agentd.artifacts.fetch import fetch
+
         base = self._identity.endpoints.artifacts
         return fetch(base, sha256, size_bytes, self._artifacts.partial_path(sha256), self._ssl_context(), stop)
 

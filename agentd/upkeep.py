@@ -14,6 +14,8 @@ from agentd.device.clock import boottime_s
 
 _PSS = re.compile(rb"^Pss:\s+(\d+) kB", re.MULTILINE)
 _M_ARENA_MAX = -8
+# The session, the broker and the first telemetry are up within the first of these pauses, on slow devices the second.
+AFTER_START_S = (2.0, 8.0)
 LOOK_EVERY_S = 30.0
 IDLE_S = 20.0
 
@@ -42,12 +44,37 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-async def keep_slim(last_request_s: Callable[[], float]) -> None:
-    """Trim once after each busy time (and once after the start). ``last_request_s``: CLOCK_BOOTTIME."""
-    trimmed_after = -1.0
-    while True:
-        await asyncio.sleep(LOOK_EVERY_S if trimmed_after >= 0 else 5.0)
-        last = last_request_s()
-        if last != trimmed_after and boottime_s() - last >= IDLE_S:
-            trim()
-            trimmed_after = last
+class Upkeep:
+    """Trims after the start, after each busy time, and when a model was unloaded. ``last_request_s``: when a request
+    last ended (CLOCK_BOOTTIME); ``in_flight``: how many run."""
+
+    def __init__(self, last_request_s: Callable[[], float], in_flight: Callable[[], int]) -> None:
+        self._last_request_s = last_request_s
+        self._in_flight = in_flight
+        self._wake = asyncio.Event()
+
+    def poke(self) -> None:
+        """A worker ended: what its requests left here can go, too."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Trim until cancelled."""
+        pauses = list(AFTER_START_S)
+        trimmed_after_s = self._last_request_s()
+        while True:
+            pause_s = pauses.pop(0) if pauses else None
+            poked = await self._poked_within(pause_s or LOOK_EVERY_S)
+            last_s = self._last_request_s()
+            rested = last_s != trimmed_after_s and (poked or boottime_s() - last_s >= IDLE_S)
+            if not self._in_flight() and (pause_s is not None or rested):
+                trim()
+                trimmed_after_s = last_s
+
+    async def _poked_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            return False
+        self._wake.clear()
+        return True

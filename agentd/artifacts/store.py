@@ -18,7 +18,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from agentd.artifacts.fetch import Cancelled, Stop
+from agentd.artifacts.attempt import Cancelled, Stop
 from agentd.files import fsync_folder
 
 _CHUNK = 1 << 20

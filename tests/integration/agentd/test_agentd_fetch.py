@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from agentd.artifacts.fetch import Cancelled, FetchFailed, Stop, fetch
+from agentd.artifacts.attempt import Cancelled, FetchFailed, Stop
+from agentd.artifacts.fetch import fetch
 from agentd.artifacts.marks import Marks
 from agentd.artifacts.store import ArtifactStore
 from agentd.identity import keys
@@ -184,7 +185,8 @@ def test_a_full_disk_is_told_and_leaves_nothing(downloads: Downloads, pki: Pki, 
     program = f"""
 import sys
 from pathlib import Path
-from agentd.artifacts.fetch import FetchFailed, Stop, fetch
+from agentd.artifacts.attempt import FetchFailed, Stop
+from agentd.artifacts.fetch import fetch
 from agentd.identity.files import Endpoints, Identity
 context = Identity(Path({str(identity)!r}), "", "", Endpoints("", "", ""), 0, 0).ssl_context()
 try:
