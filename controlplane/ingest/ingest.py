@@ -103,15 +103,22 @@ class Complaints:
 
 
 class Ingest:
-    """See the module. ``client_id`` names the session at the broker: one per replica."""
+    """See the module. ``client_id`` names the session at the broker: one per replica. ``window``: messages that may be
+    here at once."""
 
     def __init__(
-        self, engine: AsyncEngine, settings: MqttSettings, acks: Acks, client_id: str = "controlplane-ingest"
+        self,
+        engine: AsyncEngine,
+        settings: MqttSettings,
+        acks: Acks,
+        client_id: str = "controlplane-ingest",
+        window: int = WINDOW,
     ) -> None:
         self.counters = Counters()
         self._engine = engine
         self._acks = acks
-        self._source = MqttSource(settings, client_id, SUBSCRIPTIONS)
+        self._window = window
+        self._source = MqttSource(settings, client_id, SUBSCRIPTIONS, window)
         self._complaints = Complaints()
 
     @property
@@ -206,7 +213,7 @@ class Ingest:
         self.counters.dropped_rows += sum(batch.dropped for batch in outcome.fresh)
         for node_id, bad in outcome.refused:
             self._complain(node_id, bad)
-        credit = max(0, WINDOW - self.waiting)
+        credit = max(0, self._window - self.waiting)
         for key, ranges in spans_by_stream(outcome.acknowledged).items():
             self._acks.outbox_committed(key.node_id, key.stream, key.epoch, ranges, credit)
 

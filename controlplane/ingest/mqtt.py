@@ -1,8 +1,10 @@
 """MQTT in: paho in its own thread, messages into a bounded queue of the event loop.
 
-A message is acknowledged to the broker only when it was dealt with, and at most ``WINDOW`` may be unacknowledged (the
-Receive Maximum of MQTT 5, section 3.1.2.11.3): a database that is slow or away makes the broker wait, not this process
-grow.
+A message is acknowledged to the broker only when it was dealt with, and at most a window of them may be here at once:
+a database that is slow or away makes the broker wait, not this process grow. MQTT 5 has a word for that window (Receive
+Maximum, section 3.1.2.11.3), yet brokers break theirs (Mosquitto 2.0.11 sends thousands more to a slow reader), so
+paho's thread also stops reading while the window is full. If that lasts longer than the keep-alive allows, the broker
+closes the connection, and sends again what was unacknowledged when it opens anew.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from slmfleet.errors import UserError
 log = logs.get(__name__)
 
 WINDOW = 1000
-KEEPALIVE_S = 20
+KEEPALIVE_S = 60
+# How often a reader that waits for room looks whether it shall end.
+_LOOK_S = 0.2
 # For as long as this the broker keeps what arrives while the link is down; nodes keep everything until it is committed.
 SESSION_S = 300
 FIRST_RETRY_S = 1
@@ -96,14 +100,18 @@ class Arrived:
 class MqttSource:
     """The subscription. ``start`` and ``stop`` belong to the event loop that reads ``messages``."""
 
-    def __init__(self, settings: MqttSettings, client_id: str, topics: tuple[str, ...]) -> None:
-        self.messages: asyncio.Queue[Arrived] = asyncio.Queue(WINDOW)
+    def __init__(self, settings: MqttSettings, client_id: str, topics: tuple[str, ...], window: int = WINDOW) -> None:
+        # Bounded by the window: each message holds a place in it until it is done.
+        self.messages: asyncio.Queue[Arrived] = asyncio.Queue()
         self.connected = False
-        # Messages of quality of service 0 that found the queue full; nobody promised to deliver those.
+        # Messages of quality of service 0 that found the window full; nobody promised to deliver those.
         self.overflowed = 0
         self._settings = settings
         self._broker = f"{settings.host}:{settings.port}"
         self._topics = topics
+        self._window = window
+        self._room = threading.BoundedSemaphore(window)
+        self._closing = threading.Event()
         self._link = 0
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -125,7 +133,7 @@ class MqttSource:
         self._loop = asyncio.get_running_loop()
         properties = Properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = SESSION_S
-        properties.ReceiveMaximum = WINDOW
+        properties.ReceiveMaximum = self._window
         self._client.connect_async(
             self._settings.host, self._settings.port, KEEPALIVE_S, clean_start=False, properties=properties
         )
@@ -133,11 +141,13 @@ class MqttSource:
 
     def stop(self) -> None:
         """Leave the broker and end the thread. What is unacknowledged comes again next time."""
+        self._closing.set()
         self._client.disconnect()
         self._client.loop_stop()
 
     def done(self, message: Arrived) -> None:
-        """Acknowledge a message; one of an earlier connection comes again by itself."""
+        """Acknowledge a message and free its place; one of an earlier connection comes again by itself."""
+        self._room.release()
         with self._lock:
             if message.qos and message.link == self._link and self.connected:
                 self._client.ack(message.packet_id, message.qos)
@@ -163,13 +173,18 @@ class MqttSource:
             log.warning("MQTT broker lost", reason=reason, broker=self._broker)
 
     def _on_message(self, _client: paho.Client, _userdata: object, message: paho.MQTTMessage) -> None:
+        if not self._place(message.qos):
+            return
         arrived = Arrived(message.topic, bytes(message.payload), message.mid, message.qos, self._link)
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._put, arrived)
+        self._loop.call_soon_threadsafe(self.messages.put_nowait, arrived)
 
-    def _put(self, arrived: Arrived) -> None:
-        try:
-            self.messages.put_nowait(arrived)
-        except asyncio.QueueFull:
-            # Only without the window that a broker has to keep: left unacknowledged, it comes again with the next link.
+    def _place(self, qos: int) -> bool:
+        """Wait for a place in the window; False when there is none for this message."""
+        if qos == 0 and not self._room.acquire(blocking=False):
             self.overflowed += 1
+            return False
+        while qos and not self._room.acquire(timeout=_LOOK_S):
+            if self._closing.is_set():
+                return False
+        return True

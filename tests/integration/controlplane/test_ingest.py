@@ -50,15 +50,16 @@ class Acks:
 class Fleet:
     """An ingester at work, one enrolled node, and a client that speaks as any node."""
 
-    def __init__(self, url: str, mqtt: Mqtt) -> None:
+    def __init__(self, url: str, mqtt: Mqtt, window: int = 1000) -> None:
         self.node_id = str(uuid.uuid4())
         self.url = url
         self.engine: AsyncEngine = make_engine(url)
         self.acks = Acks()
         self._mqtt = mqtt
         settings = MqttSettings(mqtt.host, mqtt.port, mqtt.username, mqtt.password)
-        self.ingest = Ingest(self.engine, settings, self.acks, f"test-{uuid.uuid4()}")
+        self.ingest = Ingest(self.engine, settings, self.acks, f"test-{uuid.uuid4()}", window)
         self.client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+        self.client.max_inflight_messages_set(1000)
         if mqtt.username:
             self.client.username_pw_set(mqtt.username, mqtt.password)
 
@@ -216,6 +217,25 @@ def test_nothing_is_lost_while_the_database_refuses(migrated_postgres_url: str, 
                 *_, ranges = await fleet.acks.next()
                 acknowledged |= {first for first, _ in ranges}
             assert await fleet.rows("SELECT count(*) FROM node_metrics") == [(count,)]
+            assert await fleet.rows("SELECT first, last FROM outbox_ranges") == [(1, count)]
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_lost_when_the_broker_sends_more_than_it_may(migrated_postgres_url: str, mqtt: Mqtt) -> None:
+    """Mosquitto 2.0.11 does, to a reader that is slower than the writers."""
+
+    async def scenario() -> None:
+        async with Fleet(migrated_postgres_url, mqtt, window=50).running() as fleet:
+            count, most = 1500, 0
+            for number in range(1, count + 1):
+                fleet.send("metrics", metrics(number, number))
+            acknowledged: set[int] = set()
+            while len(acknowledged) < count:
+                *_, ranges = await fleet.acks.next()
+                acknowledged |= {first for first, _ in ranges}
+                most = max(most, fleet.ingest.waiting)
+            assert most <= 50
             assert await fleet.rows("SELECT first, last FROM outbox_ranges") == [(1, count)]
 
     asyncio.run(scenario())
