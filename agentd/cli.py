@@ -101,10 +101,14 @@ def _run(options: argparse.Namespace) -> int:
     from agentd import daemon
     from agentd.models.host import Host
 
+    failure: UserError | None = None
     try:
         asyncio.run(daemon.run(config, Host))
     except* UserError as group:
-        raise _first(group) from None
+        failure = _first(group)
+    # Raised inside ``except*`` it would come out wrapped in a group again (CPython before 3.11.4).
+    if failure is not None:
+        raise failure
     return 0
 
 

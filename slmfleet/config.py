@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,10 @@ from typing import Any, TypeVar
 from slmfleet.errors import UsageError
 
 Settings = TypeVar("Settings")
+
+# Kubernetes puts variables of this form into every container for each service of the namespace; for a service that is
+# called "controlplane" they begin with our prefix.
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT$|_PORT_\d+_(TCP|UDP|SCTP)\w*$")
 
 
 def option(default: Any, doc: str, parse: Callable[[Any], Any] = str) -> Any:
@@ -161,11 +166,9 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def _from_environment(fields: Mapping[str, Any], prefix: str, environment: Mapping[str, str]) -> dict[str, str]:
-    found = {key.removeprefix(prefix).lower(): value for key, value in environment.items() if key.startswith(prefix)}
-    # A variable that is no key of this program may belong to another that shares the prefix (AGENTD_PID, say): only
-    # near misses are worth an error, and load() raises it.
+    """Everything that begins with the prefix, known or not: a misspelt limit must not be no limit."""
     return {
-        key: value
-        for key, value in found.items()
-        if key in fields or difflib.get_close_matches(key, list(fields), n=1, cutoff=0.85)
+        key.removeprefix(prefix).lower(): value
+        for key, value in environment.items()
+        if key.startswith(prefix) and not _SERVICE_LINK.search(key)
     }

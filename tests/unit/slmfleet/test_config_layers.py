@@ -61,6 +61,7 @@ def test_each_place_wins_over_the_one_before(tmp_path: Path) -> None:
         ("beat_s = 'soon'", {}, "bad value for 'beat_s' in .*x.toml: 'soon' is no duration"),
         ("beat_s = ", {}, "cannot read the configuration .*x.toml: "),
         ("", {"SLM_LISTEN": "8080"}, "bad value for 'listen' in the environment: '8080' is no address"),
+        ("", {"SLM_COLOUR": "red"}, "unknown key 'colour' in the environment; known keys: "),
         ("", {"SLM_LISTENS": "a:1"}, "unknown key 'listens' in the environment .did you mean 'listen'"),
         ("log_format = 'xml'", {}, "'xml' is none of text, json"),
         ("labels = 'site'", {}, "'site' is no label: write key=value"),
@@ -100,3 +101,14 @@ def test_parsers(monkeypatch: pytest.MonkeyPatch) -> None:
     for parse, value in ((parse_bool, "maybe"), (parse_int, "1.5"), (parse_address, "a:99999"), (parse_address, ":1")):
         with pytest.raises(ValueError, match=r"is no|is neither"):
             parse(value)
+
+
+def test_what_kubernetes_injects_for_a_service_of_our_name_is_no_key(tmp_path: Path) -> None:
+    links = {
+        "SLM_SERVICE_HOST": "10.0.0.1",
+        "SLM_SERVICE_PORT": "80",
+        "SLM_SERVICE_PORT_HTTP": "80",
+        "SLM_PORT": "tcp://10.0.0.1:80",
+        "SLM_PORT_80_TCP_ADDR": "10.0.0.1",
+    }
+    assert read(tmp_path, environment=links) == read(tmp_path)
