@@ -1,17 +1,22 @@
 """Models for tests: a tiny GGUF that is made on the spot, and larger ones that are looked for.
 
-Larger models: the folder that ``SLMFLEET_TEST_MODELS`` names, then ``../shared/models`` beside the repository, then
-``~/.cache/slmfleet/models``; where none has it, the test is skipped with the reason.
+SmolLM2 comes from where the demo has it. Other models: the folder that ``SLMFLEET_TEST_MODELS`` names, then
+``../shared/models`` beside the repository; where none has it, the test is skipped with the reason.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from agentd.models.types import LoadableModel, ModelKey
+from controlplane.artifacts.order import SourceAway
+from controlplane.artifacts.sources import default_cache, fetch
 
 _HIDDEN, _FEED_FORWARD, _LAYERS, _HEADS, _KV_HEADS = 64, 128, 2, 4, 2
 TINY_CONTEXT = 512
@@ -89,7 +94,7 @@ def _byte_characters() -> list[str]:
 
 def find_model(name: str) -> Path:
     """A file or folder of that name in one of the places above; skips the test where there is none."""
-    places = [Path(__file__).parents[3] / "shared" / "models", Path("~/.cache/slmfleet/models").expanduser()]
+    places = [Path(__file__).parents[3] / "shared" / "models"]
     if chosen := os.environ.get("SLMFLEET_TEST_MODELS"):
         places.insert(0, Path(chosen))
     for place in places:
@@ -98,6 +103,25 @@ def find_model(name: str) -> Path:
                 if found.exists():
                     return found
     pytest.skip(f"{name} is in none of {', '.join(map(str, places))}: set SLMFLEET_TEST_MODELS to a folder that has it")
+
+
+def smollm2_gguf(folder: Path) -> Path:
+    """The demo's real model, linked into ``folder`` as ``model.gguf``: out of the cache that the control plane keeps,
+    else fetched as the control plane would. Skips the test where it is in neither."""
+    [variant] = _demo_model()["spec"]["variants"]
+    [file] = variant["files"]
+    try:
+        fetched = asyncio.run(fetch(file["source"], file["sha256"], default_cache(), lambda done, total: None))
+    except SourceAway as error:
+        pytest.skip(f"the real model is not here and can't be fetched: {error}")
+    link = folder / "model.gguf"
+    link.symlink_to(fetched.path)
+    return link
+
+
+def _demo_model() -> dict[str, Any]:
+    manifest = Path(__file__).parents[2] / "deploy" / "demo" / "fleet.yaml"
+    return next(document for document in yaml.safe_load_all(manifest.read_text()) if document["kind"] == "Model")
 
 
 def loadable(entry: Path, model_format: str, name: str = "tiny", **more: object) -> LoadableModel:

@@ -13,7 +13,7 @@ from agentd.models.process import resident_bytes
 from agentd.models.settings import HostSettings
 from agentd.models.types import Chunk, Done, LoadableModel, ModelState, Refused
 from tests.support.hosts import answer, reached, request, running, status_of
-from tests.support.models import find_model, loadable, make_tiny_gguf
+from tests.support.models import find_model, loadable, make_tiny_gguf, smollm2_gguf
 
 pytestmark = pytest.mark.model
 
@@ -204,8 +204,7 @@ def test_model_that_can_never_fit_is_refused_with_the_numbers(gguf: LoadableMode
 
 
 def test_real_model_speaks(tmp_path: Path):
-    entry = find_model("SmolLM2-135M-Instruct.Q4_1.gguf")
-    model = loadable(entry, "gguf", "smollm2", context_tokens=1024)
+    model = loadable(smollm2_gguf(tmp_path), "gguf", "smollm2", context_tokens=1024)
 
     async def scenario():
         async with running(Host(HostSettings()), [model]) as host:
