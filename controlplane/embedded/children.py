@@ -73,3 +73,9 @@ def is_running_in(pid: int, program: str, folder: Path) -> bool:
         return name == program and Path(os.readlink(f"/proc/{pid}/cwd")) == folder.resolve()
     except OSError:
         return False
+
+
+def all_running_in(program: str, folder: Path) -> list[int]:
+    """The processes for which ``is_running_in`` holds. Those of other users show their folder to root alone."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    return [pid for pid in pids if is_running_in(pid, program, folder)]

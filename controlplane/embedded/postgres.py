@@ -22,20 +22,24 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from controlplane.embedded.children import Owner, is_running_in, spawn, stop
+from controlplane.embedded.children import Owner, all_running_in, is_running_in, spawn, stop
 from slmfleet import logs
 from slmfleet.errors import UserError
 
 log = logs.get(__name__)
 
 SYSTEM_USER = "slmfleet-postgres"
+PID_FILE = "postmaster.pid"
+SOCKET = ".s.PGSQL.5432"
 START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 30.0
-# sun_path has 108 bytes; the socket's name is .s.PGSQL.5432.lock at its longest.
-_LONGEST_SOCKET_FOLDER = 107 - len("/.s.PGSQL.5432.lock")
+SESSIONS_DEADLINE_S = 2.0
+# sun_path has 108 bytes; the lock beside the socket has the longer name.
+_LONGEST_SOCKET_FOLDER = 107 - len(f"/{SOCKET}.lock")
 _SETTINGS = ("listen_addresses=", "max_connections=100", "shared_buffers=64MB", "log_checkpoints=off")
 
 
@@ -72,8 +76,10 @@ class EmbeddedPostgres:
         if not (self._folder / "PG_VERSION").exists():
             _initialise(programs, self._folder, owner)
         _check_version(programs, self._folder)
-        end_leftover(self._folder)
         self._sockets = _socket_folder(self._folder, owner)
+        end_leftover(self._folder)
+        for lock in (self._folder / PID_FILE, self._sockets / f"{SOCKET}.lock"):
+            remove_stale(lock)
         options = [part for setting in _SETTINGS for part in ("-c", setting)]
         argv: list[str | Path] = [programs / "postgres", "-D", self._folder, "-k", self._sockets, *options]
         with (self._folder / "server.log").open("wb") as server_log:
@@ -124,23 +130,66 @@ def find_programs() -> Path:
 
 
 def end_leftover(folder: Path) -> None:
-    """Stop the server that still runs on ``folder``, if one does; its pid file is the server's own, in ``folder``."""
+    """Stop the server that still runs on ``folder``, and what a killed one left behind, until nothing of it lives.
+
+    Raises UserError when something does not end.
+    """
+    pid = _pid_in(folder / PID_FILE)
+    if pid is not None and is_running_in(pid, "postgres", folder):
+        log.warning("stopping a PostgreSQL that an earlier run left behind", pid=pid)
+        for number, seconds in ((signal.SIGINT, STOP_DEADLINE_S), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0)):
+            _signal([pid], number)
+            if _wait_until(lambda: not is_running_in(pid, "postgres", folder), seconds):
+                break
+    # Sessions of a server that was killed end when they look up from their work: they are given time before they are
+    # told, and what they did is settled by the next server from its log.
+    for told in ((), (signal.SIGQUIT,), (signal.SIGKILL,)):
+        for number in told:
+            _signal(all_running_in("postgres", folder), number)
+        if _wait_until(lambda: not all_running_in("postgres", folder), SESSIONS_DEADLINE_S):
+            return
+    raise UserError(
+        f"process {all_running_in('postgres', folder)[0]} holds the data in {folder} and does not end: stop it, then "
+        "start again"
+    )
+
+
+def remove_stale(lock: Path) -> None:
+    """Remove the lock file of a server that is gone, for use after ``end_leftover``.
+
+    PostgreSQL itself passes over a file whose pid is free; if the pid was given to another process of the same user
+    since, it takes that for a server and refuses to start (CreateLockFile in miscinit.c).
+    """
+    pid = _pid_in(lock)
+    if pid is None or not Path(f"/proc/{pid}").exists():
+        return
+    log.info(
+        "removing the lock file of a PostgreSQL that is gone: its pid is another program's now", file=lock, pid=pid
+    )
+    lock.unlink(missing_ok=True)
+
+
+def _pid_in(lock: Path) -> int | None:
     try:
-        pid = int((folder / "postmaster.pid").read_text().split("\n", 1)[0])
+        # A server that runs alone (--single) writes its pid negated.
+        return abs(int(lock.read_text().split("\n", 1)[0]))
     except (OSError, ValueError):
-        return
-    if not is_running_in(pid, "postgres", folder):
-        return
-    log.warning("stopping a PostgreSQL that an earlier run left behind", pid=pid)
-    for number, seconds in ((signal.SIGINT, STOP_DEADLINE_S), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0)):
+        return None
+
+
+def _signal(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if not is_running_in(pid, "postgres", folder):
-                return
-            time.sleep(0.02)
-    raise UserError(f"process {pid} holds the data in {folder} and does not end: stop it, then start again")
+
+
+def _wait_until(done: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _owner(folder: Path) -> Owner:
@@ -273,7 +322,7 @@ def _socket_folder(folder: Path, owner: Owner) -> Path:
 def _says_ready(folder: Path, pid: int) -> bool:
     """The last line of postmaster.pid is the server's status, its first one the pid."""
     try:
-        lines = (folder / "postmaster.pid").read_text().split("\n")
+        lines = (folder / PID_FILE).read_text().split("\n")
     except OSError:
         return False
     return lines[0] == str(pid) and len(lines) >= 8 and lines[7].strip() == "ready"

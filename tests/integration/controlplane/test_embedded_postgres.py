@@ -113,8 +113,8 @@ def test_a_pid_file_of_a_process_that_is_none_of_ours_is_stale(folder: Path) -> 
     program = "import signal; print('up', flush=True); signal.pause()"
     with Child([sys.executable, "-c", program], cwd=data) as stranger:
         stranger.wait_for_line("up")
-        pid_file = data / "postmaster.pid"
-        pid_file.write_text("\n".join([str(stranger.pid), *pid_file.read_text().split("\n")[1:]]))
+        for lock in (data / "postmaster.pid", data / ".s.PGSQL.5432.lock"):
+            lock.write_text("\n".join([str(stranger.pid), *lock.read_text().split("\n")[1:]]))
         second = EmbeddedPostgres(data)
         second.start()
         try:
@@ -122,6 +122,42 @@ def test_a_pid_file_of_a_process_that_is_none_of_ours_is_stale(folder: Path) -> 
             assert stranger.process.poll() is None
         finally:
             second.stop()
+
+
+def test_a_session_that_outlived_its_server_is_ended_first(folder: Path) -> None:
+    """A session in a long calculation does not look up when its server is killed."""
+    data = folder / "postgres"
+    first = EmbeddedPostgres(data)
+    first.start()
+    server = first._process
+    assert server is not None
+    busy = "SELECT pg_backend_pid(), (SELECT count(*) FROM generate_series(1, 10000000000))"
+
+    async def kill_while_it_calculates() -> psutil.Process:
+        connection = await asyncpg.connect(first.url())
+        session = psutil.Process(await connection.fetchval("SELECT pg_backend_pid()"))
+        task = asyncio.create_task(connection.fetchval(busy), name="busy")
+        watcher = await asyncpg.connect(first.url())
+        query = "SELECT state FROM pg_stat_activity WHERE pid = $1"
+        while await watcher.fetchval(query, session.pid) != "active":  # noqa: ASYNC110 - of another process
+            await asyncio.sleep(0.01)
+        # Stopped, it cannot even see that it should end.
+        session.suspend()
+        os.kill(server.pid, signal.SIGKILL)
+        server.wait(10)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return session
+
+    session = asyncio.run(kill_while_it_calculates())
+    assert session.is_running()
+    second = EmbeddedPostgres(data)
+    second.start()
+    try:
+        assert_gone([session], 5)
+        assert fetch(second.url(), "SELECT 1") == 1
+    finally:
+        second.stop()
 
 
 def test_a_foreign_folder_and_a_foreign_version_are_refused_and_left_alone(folder: Path) -> None:
