@@ -89,7 +89,7 @@ async def _stored(url: str, node_id: str, name: str, numbered: Mapping[Key, int]
         twice.append(f"{copies['rows']} rows of metrics from {copies['moments']} moments")
     if events["rows"] != events["moments"]:
         twice.append(f"{events['rows']} events from {events['moments']} moments")
-    acknowledged = {stream: 0 for stream in ("metrics", "events")}
+    acknowledged = dict.fromkeys(("metrics", "events"), 0)
     for row in ranges:
         acknowledged[row["stream"]] += row["numbers"] - row["dropped"]
     for stream, rows in (("metrics", copies["rows"]), ("events", events["rows"])):

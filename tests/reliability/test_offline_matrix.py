@@ -46,8 +46,10 @@ def test_nothing_is_lost_or_counted_twice_over_the_matrix() -> None:
             wait_until(lambda: not stored(url, node_id, node.name, numbered).missing, "every row is in Postgres", 120)
         node.stop()
         found = stored(url, node_id, node.name, numbered)
-        print(f"matrix: {changes} cuts at {SPEED}x, {sum(numbered.values())} rows numbered, {found.rows} stored, "
-              f"{asked.answered} local answers, slowest {asked.slowest_s:.2f} s, agreed {took_s:.1f} s after the last")  # fmt: skip
+        print(
+            f"matrix: {changes} cuts at {SPEED}x, {sum(numbered.values())} rows numbered, {found.rows} stored, "
+            f"{asked.answered} local answers, slowest {asked.slowest_s:.2f} s, agreed {took_s:.1f} s after the last"
+        )
         assert found.dropped == 0
         assert found.twice == []
         assert asked.failures == []

@@ -92,6 +92,10 @@ class TcpProxy:
                 ways.create_task(self._pump(far_in, near_out, up=False), name="down")
         except (OSError, ExceptionGroup):
             pass
+        except asyncio.CancelledError:
+            # asyncio's own callback would print the end of the proxy as an error.
+            if not self._ended.is_set():
+                raise
         finally:
             for writer in (near_out, far_out):
                 if writer is not None:
