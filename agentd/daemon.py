@@ -22,10 +22,10 @@ from typing import Any, Protocol
 from agentd import statefolder
 from agentd.agents import router
 from agentd.api.app import Api
-from agentd.api.chat import Chat
 from agentd.api.guard import host_filter
 from agentd.api.prometheus import Snapshot, render
 from agentd.api.server import ApiServer, address_of, bind
+from agentd.api.serving import Serving
 from agentd.artifacts.attempt import Fetched, Stop
 from agentd.artifacts.marks import Marks
 from agentd.artifacts.store import ArtifactStore
@@ -176,9 +176,9 @@ class Daemon:
         )  # fmt: skip
         self._upkeep = Upkeep(lambda: self._api.last_request_s, lambda: self._api.in_flight)
         host.subscribe(self._model_changed)
-        chat = Chat(host, lambda: self._catalog, self._ledger.refused)
+        serving = Serving(host, lambda: self._catalog, self._ledger.refused)
         self._api = Api(
-            chat,
+            serving,
             lambda: self._catalog,
             ready=self._readiness,
             status=self._status,

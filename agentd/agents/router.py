@@ -16,6 +16,8 @@ from slmfleet.v1 import state_pb2 as pb
 DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_QUEUE_TIMEOUT_S = 30.0
 DEFAULT_PRIORITY = 50
+# Names in the answer to a request for an unknown one.
+_MOST_LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +101,21 @@ def resolve(catalog: Catalog, name: str, *, relayed: bool) -> Target | Unknown:
         if bare:
             found = [target for target in models if name in (target.model, f"{target.model}@{target.version}")]
     if not found:
-        return Unknown(f"nothing on this node is called {name!r}; it has: {', '.join(names(catalog, relayed)) or '-'}")
+        return Unknown(unknown(name, names(catalog, relayed)))
     best = min(found, key=lambda target: (bool(target.problem), target.deployment, target.assignment_id))
     return _without_agent(best) if bare else best
+
+
+def unknown(name: str, known: Sequence[str]) -> str:
+    """The sentence for a name that nothing has: with the nearest names, else with what there is."""
+    import difflib  # only on this way
+
+    name = name[:100]
+    near = difflib.get_close_matches(name, known, 3)
+    if near:
+        return f"nothing on this node is called {name!r}: did you mean {' or '.join(map(repr, near))}?"
+    listed = ", ".join(known[:_MOST_LISTED]) + (", ..." if len(known) > _MOST_LISTED else "")
+    return f"nothing on this node is called {name!r}; it has: {listed or 'nothing yet'}"
 
 
 def _without_agent(target: Target) -> Target:
@@ -123,18 +137,22 @@ def names(catalog: Catalog, relayed: bool) -> list[str]:
     return sorted(name for name in found if name)
 
 
-def compose(target: Target, body: Mapping[str, Any]) -> GenerateRequest:
+def compose(target: Target, body: Mapping[str, Any], *, keep_alive_s: float | None = None) -> GenerateRequest:
     """The generation for a validated request: the agent's instructions first, the request's options over the agent's
-    within its limits. ``target.key`` must be set."""
+    within its limits. ``target.key`` must be set. ``keep_alive_s``: the request's own wish."""
     assert target.key is not None
     agent = target.agent
     if agent is None:
-        return GenerateRequest(target.key, body, DEFAULT_TIMEOUT_S, DEFAULT_QUEUE_TIMEOUT_S, DEFAULT_PRIORITY)
+        return GenerateRequest(
+            target.key, body, DEFAULT_TIMEOUT_S, DEFAULT_QUEUE_TIMEOUT_S, DEFAULT_PRIORITY, keep_alive_s
+        )
     merged = {**_agent_options(agent.options), **body}
     merged["messages"] = _with_instructions(agent.instructions, body["messages"])
     if agent.options.HasField("max_output_tokens"):
         # The agent's figure is a limit, not a wish: a request may only ask for less.
         merged["max_tokens"] = min(body.get("max_tokens", 2**31), agent.options.max_output_tokens)
+    if keep_alive_s is None and agent.HasField("keep_alive_s"):
+        keep_alive_s = agent.keep_alive_s
     stops = [*agent.options.stop_sequences, *body.get("stop", ())]
     if stops:
         merged["stop"] = list(dict.fromkeys(stops))
@@ -144,7 +162,7 @@ def compose(target: Target, body: Mapping[str, Any]) -> GenerateRequest:
         timeout_s=agent.limits.timeout_s or DEFAULT_TIMEOUT_S,
         queue_timeout_s=agent.limits.queue_timeout_s or DEFAULT_QUEUE_TIMEOUT_S,
         priority=agent.priority or DEFAULT_PRIORITY,
-        keep_alive_s=agent.keep_alive_s if agent.HasField("keep_alive_s") else None,
+        keep_alive_s=keep_alive_s,
     )
 
 

@@ -1,7 +1,7 @@
 """The local API as a plain ASGI application: a handful of routes need no framework.
 
 The relay runs the same application with the extension ``slmfleet.relay`` in its scope; then only ``/v1`` exists, and
-only what is exposed to the gateway.
+only what is exposed to the gateway. docs/api.md describes every route.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from agentd.agents.router import Catalog, names
-from agentd.api.chat import Chat
+from agentd.agents.router import Catalog, names, unknown
+from agentd.api.endpoints import CONTROLS, GENERATORS, Endpoints
 from agentd.api.errors import ApiError
 from agentd.api.guard import is_json
-from agentd.api.validation import parse_chat
+from agentd.api.serving import Serving
 from agentd.device.clock import boottime_s
+from agentd.models.types import ModelKey
 from slmfleet import logs
 
 log = logs.get(__name__)
@@ -36,7 +37,7 @@ class Api:
 
     def __init__(
         self,
-        chat: Chat,
+        serving: Serving,
         catalog: Callable[[], Catalog],
         *,
         ready: Callable[[], dict[str, Any]],
@@ -46,8 +47,9 @@ class Api:
         max_requests: int,
         host_allowed: Callable[[str], bool],
         created_s: int,
+        knows_tools: Callable[[ModelKey], bool | None] = lambda _: None,
     ) -> None:
-        self._chat = chat
+        self._endpoints = Endpoints(serving, knows_tools)
         self._catalog = catalog
         self._ready = ready
         self._status = status
@@ -56,7 +58,7 @@ class Api:
         self._max_requests = max_requests
         self._host_allowed = host_allowed
         self._created_s = created_s
-        # Chat requests that run or wait now.
+        # Requests to models that run or wait now.
         self.in_flight = 0
         # Set when agentd stops: running requests go on, new ones are refused.
         self.stopping = False
@@ -89,9 +91,9 @@ class Api:
         relayed = "slmfleet.relay" in (scope.get("extensions") or {})
         if not relayed:
             self._check_host(scope)
-        if path == "/v1/chat/completions":
+        if path in GENERATORS:
             _require(method, "POST")
-            await self._chat_completions(scope, receive, answer, relayed)
+            await self._generate(scope, receive, answer, relayed)
         elif path == "/v1/models":
             _require(method, "GET")
             models = [self._model(name) for name in names(self._catalog(), relayed)]
@@ -100,13 +102,15 @@ class Api:
             _require(method, "GET")
             name = path.removeprefix("/v1/models/")
             if name not in names(self._catalog(), relayed):
-                raise ApiError(404, "model_not_found", f"nothing on this node is called {name!r}", "model")
+                raise ApiError(404, "model_not_found", unknown(name, names(self._catalog(), relayed)), "model")
             await answer.json(self._model(name))
+        elif path in CONTROLS and not relayed:
+            await self._control(scope, receive, answer)
         elif path in ("/healthz", "/readyz", "/metrics", "/status") and not relayed:
             _require(method, "GET")
             await self._about_the_node(path, answer)
         else:
-            raise ApiError(404, "not_found", f"there is no {path} here: see /v1/models and /v1/chat/completions")
+            raise ApiError(404, "not_found", f"there is no {path} here: see docs/api.md, and /v1/models for the models")
 
     def _check_host(self, scope: Message) -> None:
         host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
@@ -130,7 +134,24 @@ class Api:
                 await answer.start(200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")])
                 await answer.body(page, False)
 
-    async def _chat_completions(self, scope: Message, receive: Receive, answer: _Answer, relayed: bool) -> None:
+    async def _control(self, scope: Message, receive: Receive, answer: _Answer) -> None:
+        path, method = scope["path"], scope["method"]
+        _require(method, CONTROLS[path])
+        if method != "POST":
+            await answer.json(self._endpoints.status())
+            return
+        if not is_json(scope["headers"]):
+            raise _not_json()
+        raw = await self._read(receive)
+        found: list[Any] = []
+
+        async def work() -> None:
+            found.append(await self._endpoints.control(path, raw))
+
+        await _unless_gone(receive, work())
+        await answer.json(found[0])
+
+    async def _generate(self, scope: Message, receive: Receive, answer: _Answer, relayed: bool) -> None:
         if self.stopping:
             raise ApiError(503, "stopping", "agentd is stopping", retry_after_s=5.0)
         if self.in_flight >= self._max_requests:
@@ -138,11 +159,12 @@ class Api:
                 503, "overloaded", f"{self._max_requests} requests run or wait on this node already", retry_after_s=1.0
             )
         if not relayed and not is_json(scope["headers"]):
-            raise ApiError(415, "unsupported_media_type", "send the header `Content-Type: application/json`")
+            raise _not_json()
         self.in_flight += 1
         try:
-            request = parse_chat(await self._read(receive))
-            await _unless_gone(receive, self._chat.answer(request, relayed, answer.start, answer.body))
+            raw = await self._read(receive)
+            work = self._endpoints.generate(scope["path"], raw, relayed, answer.start, answer.body)
+            await _unless_gone(receive, work)
         finally:
             self.in_flight -= 1
             self.last_request_s = boottime_s()
@@ -200,6 +222,10 @@ async def _unless_gone(receive: Receive, work: Awaitable[None]) -> None:
         # The cause first: an error of the work, else that the client left.
         others = [error for error in group.exceptions if not isinstance(error, ClientGone)]
         raise (others or group.exceptions)[0] from None
+
+
+def _not_json() -> ApiError:
+    return ApiError(415, "unsupported_media_type", "send the header `Content-Type: application/json`")
 
 
 def _require(method: str, allowed: str) -> None:

@@ -2,203 +2,186 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from agentd.agents.admission import Admission
-from agentd.agents.router import Catalog, Target, Unknown, compose, resolve
+from agentd.agents.router import compose
 from agentd.api.errors import ApiError
+from agentd.api.serving import Account, Serving, Turn, next_item
+from agentd.api.sse import DONE, JSON_HEADERS, SSE_HEADERS, SendBody, SendStart, compact, data
+from agentd.api.tools import ToolCallReader, settle
 from agentd.api.validation import ChatRequest
-from agentd.models.types import Chunk, Done, GenerateRequest, GenerationFailed, ModelHost, ModelKey, Refused
-
-SendStart = Callable[[int, list[tuple[bytes, bytes]]], Awaitable[None]]
-SendBody = Callable[[bytes, bool], Awaitable[None]]
-
-_SSE_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
-_JSON_HEADERS = [(b"content-type", b"application/json")]
-# A model that is still being fetched: when to ask again.
-_NOT_READY_RETRY_S = 5.0
+from agentd.models.types import Chunk, Done, GenerateRequest, GenerationFailed, ModelKey, Refused
 
 
 class Chat:
-    """Answers chat requests. ``catalog`` gives the newest catalog at each call."""
+    """Answers chat requests. ``knows_tools``: whether a model's chat template lists tools; None: nobody knows."""
 
-    def __init__(self, host: ModelHost, catalog: Callable[[], Catalog], refused: Callable[[ModelKey], None]) -> None:
-        self._host = host
-        self._catalog = catalog
-        # Told of requests that an agent's own limits refused; all others are counted by the host.
-        self._refused = refused
-        self._admission = Admission()
+    def __init__(self, serving: Serving, knows_tools: Callable[[ModelKey], bool | None] = lambda _: None) -> None:
+        self._serving = serving
+        self._knows_tools = knows_tools
 
     async def answer(self, request: ChatRequest, relayed: bool, start: SendStart, body: SendBody) -> None:
         """Answer one checked request. Raises ApiError; when the answer has begun by then, it says so itself."""
-        target = self._target(request.model, relayed)
-        generation = compose(target, request.body)
-        entered = False
-        try:
-            async with self._admission.place(target.agent) as waited_s:
-                entered = True
-                left_s = max(generation.timeout_s - waited_s, 0.001)
-                await self._generate(request, replace(generation, timeout_s=left_s), waited_s, start, body)
-        except Refused as refusal:
-            if not entered:
-                self._refused(generation.key)
-            raise ApiError(
-                refusal.status, refusal.code, refusal.message, retry_after_s=refusal.retry_after_s
-            ) from refusal
-        except GenerationFailed as failure:
-            status = 504 if failure.code == "timeout" else 503
-            raise ApiError(status, failure.code, failure.message, retry_after_s=1.0) from failure
-
-    def _target(self, name: str, relayed: bool) -> Target:
-        catalog = self._catalog()
-        found = resolve(catalog, name, relayed=relayed)
-        if isinstance(found, Unknown):
-            raise ApiError(404, "model_not_found", found.message, "model")
-        if catalog.drained:
-            raise ApiError(503, "node_drained", "this node is drained: it takes no new requests", retry_after_s=30.0)
-        if found.problem or found.key is None:
-            raise ApiError(
-                503, "model_not_ready", f"{name!r} can't serve yet: {found.problem}", "model", _NOT_READY_RETRY_S
-            )
-        return found
-
-    async def _generate(
-        self, request: ChatRequest, generation: GenerateRequest, waited_s: float, start: SendStart, body: SendBody
-    ) -> None:
-        stream = self._host.generate(generation)
-        async with aclosing(stream) as items:  # type: ignore[type-var]
-            # The first item decides the status: nothing is sent before it is known that the request runs.
-            first = await _next(items)
-            writer = _Writer(request, generation, waited_s)
+        target, key = self._serving.target(request.model, relayed)
+        settled, reader = settle(request.body, native=self._knows_tools(key) is not False)
+        generation = compose(target, settled, keep_alive_s=request.keep_alive_s)
+        async with self._serving.turn(target, generation) as turn:
+            answer = _ChatAnswer(request, generation, turn, reader)
             if request.stream:
-                await _stream_answer(writer, first, items, start, body)
+                await answer.stream(start, body)
             else:
-                await _whole_answer(writer, first, items, start, body)
+                await answer.whole(start, body)
 
 
-class _Writer:
-    """Makes OpenAI's objects for one answer."""
+def seeded(generation: GenerateRequest, number: int, **more: Any) -> GenerateRequest:
+    """The generation of one choice, with more in its body: with the same seed all choices would be the same."""
+    seed = generation.body.get("seed")
+    if number and seed is not None:
+        more["seed"] = (seed + number) % 2**32
+    return replace(generation, body={**generation.body, **more}) if more else generation
 
-    def __init__(self, request: ChatRequest, generation: GenerateRequest, waited_s: float) -> None:
+
+class _ChatAnswer:
+    """One answer, with all its choices."""
+
+    def __init__(
+        self, request: ChatRequest, generation: GenerateRequest, turn: Turn, reader: ToolCallReader | None
+    ) -> None:
         self._request = request
         self._generation = generation
-        self._waited_s = waited_s
+        self._turn = turn
+        self._reader = reader
+        self._account = Account(generation.key, turn.waited_s)
         self._common: dict[str, Any] = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": request.model,
         }
+
+    async def stream(self, start: SendStart, body: SendBody) -> None:
+        """Server-sent events."""
+        started = False
+        for number in range(self._request.choices):
+            writer = _ChoiceWriter(self._common, number)
+            async with aclosing(self._items(number)) as items:
+                try:
+                    # The first item decides the status: nothing is sent before it is known that the request runs.
+                    item = await next_item(items)
+                    if not started:
+                        await start(200, SSE_HEADERS)
+                        started = True
+                    while isinstance(item, Chunk):
+                        await body(writer.chunk(item), True)
+                        item = await next_item(items)
+                except (Refused, GenerationFailed) as error:
+                    if started:
+                        await body(broken(error), False)
+                    raise
+            self._account.add(item, same_prompt=number > 0)
+            if number + 1 < self._request.choices:
+                await body(writer.finish(item.finish_reason), True)
+            else:
+                await body(self._end(writer, item.finish_reason), False)
+
+    def _end(self, writer: _ChoiceWriter, reason: str) -> bytes:
+        """The finishing chunk, the usage chunk when it was asked for, and ``[DONE]``."""
+        facts = self._account.facts()
+        if not self._request.include_usage:
+            return writer.finish(reason, slmfleet=facts) + DONE
+        usage = {
+            **self._common,
+            "object": "chat.completion.chunk",
+            "choices": [],
+            "usage": self._account.usage(),
+            "slmfleet": facts,
+        }
+        return writer.finish(reason) + data(usage) + DONE
+
+    async def whole(self, start: SendStart, body: SendBody) -> None:
+        """The answer in one piece."""
+        choices = [await self._choice(number) for number in range(self._request.choices)]
+        answer = {
+            **self._common,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": self._account.usage(),
+            "slmfleet": self._account.facts(),
+        }
+        await start(200, JSON_HEADERS)
+        await body(compact(answer).encode(), False)
+
+    async def _choice(self, number: int) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": ""}
+        logprobs: dict[str, Any] | None = None
+        async with aclosing(self._items(number)) as items:
+            item = await next_item(items)
+            while isinstance(item, Chunk):
+                merge_delta(message, item.delta)
+                if item.logprobs is not None:
+                    logprobs = logprobs or {"content": []}
+                    logprobs["content"] += item.logprobs.get("content") or []
+                item = await next_item(items)
+        self._account.add(item, same_prompt=number > 0)
+        if message.get("tool_calls") and not message["content"]:
+            message["content"] = None
+        return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": item.finish_reason}
+
+    def _items(self, number: int) -> Any:
+        """The items of one choice, an async generator."""
+        items = self._turn.generate(seeded(self._generation, number))
+        reader = self._reader
+        return items if reader is None else read_calls(items, reader.fresh())
+
+
+async def read_calls(items: Any, reader: ToolCallReader) -> AsyncIterator[Chunk | Done]:
+    """The items with bound text turned into calls. Logprobs of its tokens belong to no text that is shown."""
+    call_id = f"call_{secrets.token_hex(12)}"
+    async with aclosing(items) as source:
+        async for item in source:
+            if isinstance(item, Done):
+                yield replace(item, finish_reason=reader.finish_reason(item.finish_reason))
+                continue
+            for delta in reader.feed(item.delta.get("content") or "", call_id):
+                yield Chunk(delta, item.tokens)
+
+
+def broken(error: Refused | GenerationFailed) -> bytes:
+    """The event that ends a stream whose status is sent already: no ``[DONE]`` follows."""
+    return b"data: " + ApiError(503, error.code, error.message).body() + b"\n\n"
+
+
+class _ChoiceWriter:
+    """Makes the events of one choice. Nearly all of them differ in a piece of text only, so the rest is made once."""
+
+    def __init__(self, common: Mapping[str, Any], number: int) -> None:
+        head = compact({**common, "object": "chat.completion.chunk"})[:-1]
+        self._head = f'data: {head},"choices":[{{"index":{number},"delta":'
+        self._before = f'{self._head}{{"content":'.encode()
+        self._after = b'},"finish_reason":null}]}\n\n'
+        self._common = common
+        self._number = number
         self._role_sent = False
 
     def chunk(self, item: Chunk) -> bytes:
         """One server-sent event."""
         delta = item.delta
+        if self._role_sent and item.logprobs is None and len(delta) == 1 and "content" in delta:
+            return self._before + compact(delta["content"]).encode() + self._after
         if not self._role_sent:
-            delta = {"role": "assistant", "content": "", **delta} if "tool_calls" not in delta else {
-                "role": "assistant", **delta}  # fmt: skip
             self._role_sent = True
-        choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": None}
-        if item.logprobs is not None:
-            choice["logprobs"] = item.logprobs
-        return self._event([choice])
+            delta = {"role": "assistant", "content": None if "tool_calls" in delta else "", **delta}
+        logprobs = "" if item.logprobs is None else f',"logprobs":{compact(item.logprobs)}'
+        return f'{self._head}{compact(delta)}{logprobs},"finish_reason":null}}]}}\n\n'.encode()
 
-    def end(self, done: Done) -> bytes:
-        """The finishing chunk, the usage chunk when it was asked for, and ``[DONE]``."""
-        finish = [{"index": 0, "delta": {}, "finish_reason": done.finish_reason}]
-        if not self._request.include_usage:
-            return self._event(finish, slmfleet=self.facts(done)) + b"data: [DONE]\n\n"
-        usage = self._event([], usage=self.usage(done), slmfleet=self.facts(done))
-        return self._event(finish) + usage + b"data: [DONE]\n\n"
-
-    def whole(self, message: dict[str, Any], logprobs: Any, done: Done) -> bytes:
-        """The answer in one piece."""
-        choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": done.finish_reason}
-        answer = {
-            **self._common,
-            "object": "chat.completion",
-            "choices": [choice],
-            "usage": self.usage(done),
-            "slmfleet": self.facts(done),
-        }
-        return json.dumps(answer, ensure_ascii=False).encode()
-
-    def usage(self, done: Done) -> dict[str, Any]:
-        """OpenAI's ``usage``."""
-        return {
-            "prompt_tokens": done.prompt_tokens,
-            "completion_tokens": done.output_tokens,
-            "total_tokens": done.prompt_tokens + done.output_tokens,
-            "prompt_tokens_details": {"cached_tokens": done.cached_tokens},
-        }
-
-    def facts(self, done: Done) -> dict[str, Any]:
-        """The ``slmfleet`` extension: where the time went."""
-        timings = done.timings
-        return {
-            "timings": {
-                "queue_s": round(timings.queue_s + self._waited_s, 6),
-                "load_s": round(timings.load_s, 6),
-                "prefill_s": round(timings.prefill_s, 6),
-                "decode_s": round(timings.decode_s, 6),
-            },
-            "tokens_per_second": round(done.output_tokens / timings.decode_s, 3) if timings.decode_s > 0 else 0.0,
-            "model": str(self._generation.key),
-        }
-
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        event = {**self._common, "object": "chat.completion.chunk", "choices": choices, **more}
-        return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _next(items: AsyncIterator[Chunk | Done]) -> Chunk | Done:
-    try:
-        return await anext(items)
-    except StopAsyncIteration:
-        raise GenerationFailed("incomplete_answer", "the model's answer ended without its end") from None
-
-
-async def _stream_answer(
-    writer: _Writer, first: Chunk | Done, items: AsyncIterator[Chunk | Done], start: SendStart, body: SendBody
-) -> None:
-    await start(200, _SSE_HEADERS)
-    item = first
-    try:
-        while isinstance(item, Chunk):
-            await body(writer.chunk(item), True)
-            item = await _next(items)
-    except (Refused, GenerationFailed) as error:
-        # The status is sent already: the error travels in the stream, and no [DONE] follows.
-        await body(b"data: " + ApiError(503, error.code, error.message).body() + b"\n\n", False)
-        raise
-    await body(writer.end(item), False)
-
-
-async def _whole_answer(
-    writer: _Writer, first: Chunk | Done, items: AsyncIterator[Chunk | Done], start: SendStart, body: SendBody
-) -> None:
-    message: dict[str, Any] = {"role": "assistant", "content": ""}
-    logprobs: dict[str, Any] | None = None
-    item = first
-    while isinstance(item, Chunk):
-        merge_delta(message, item.delta)
-        if item.logprobs is not None:
-            logprobs = logprobs or {"content": []}
-            logprobs["content"] += item.logprobs.get("content") or []
-        item = await _next(items)
-    if message.get("tool_calls") and not message["content"]:
-        message["content"] = None
-    await start(200, _JSON_HEADERS)
-    await body(writer.whole(message, logprobs, item), False)
+    def finish(self, reason: str, **more: Any) -> bytes:
+        """The chunk that says how the choice ended."""
+        choice = {"index": self._number, "delta": {}, "finish_reason": reason}
+        return data({**self._common, "object": "chat.completion.chunk", "choices": [choice], **more})
 
 
 def merge_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:

@@ -1,69 +1,85 @@
-"""What a chat-completions request may hold, checked by hand: a schema library would double the daemon's memory.
+"""What a chat-completions request may hold.
 
 The result is a plain dict for the backends: known fields only, checked, aliases resolved (``max_completion_tokens`` to
-``max_tokens``, ``developer`` to ``system``, content parts to text). Fields that change the answer and can't be honoured
-are refused; fields that only inform (``user``, ``store``, ``metadata``, ...) are dropped.
+``max_tokens``, ``developer`` to ``system``, content parts to text). Fields that only inform (``user``, ``store``,
+``metadata``, ...) are dropped; everything else that can't be honoured is refused, so that no answer means less than was
+asked for.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from agentd.api import checks
+from agentd.api.checks import Check
 from agentd.api.errors import bad_request
+from agentd.api.tools import check_choice, tool_choice, tools
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
-MAX_STOPS = 16
+# Answers to one request. They are made one after the other, in one place of the agent.
+MAX_CHOICES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A checked request. ``body`` goes to the backend (without ``model`` and ``stream``)."""
+    """A checked request. ``body`` goes to the backend (without ``model``, ``stream`` and ``n``)."""
 
     model: str
     stream: bool
     include_usage: bool
     body: dict[str, Any]
+    choices: int = 1
+    keep_alive_s: float | None = None
 
 
 def parse_chat(raw: bytes) -> ChatRequest:
     """Check the bytes of a request. Raises ApiError (400)."""
-    try:
-        given = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise bad_request("the body is no JSON", code="invalid_json") from None
-    if not isinstance(given, dict):
-        raise bad_request("the body is no JSON object", code="invalid_json")
-    model = given.get("model")
-    if not isinstance(model, str) or not model:
-        raise bad_request("`model` must be the name of an agent, a deployment or a model", "model")
-    stream = _bool(given, "stream")
-    options = given.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise bad_request("`stream_options` must be an object", "stream_options")
-    if given.get("n") not in (None, 1):
-        raise bad_request("`n` can only be 1: ask again for another answer", "n", "unsupported_value")
-    body: dict[str, Any] = {"messages": _messages(given.get("messages"))}
-    for name, check in _FIELDS.items():
+    given = checks.parse_object(raw)
+    model = checks.model_name(given)
+    checks.refuse_unknown(given, _KNOWN, _UNSUPPORTED)
+    body = {"messages": messages(given.get("messages")), **checks.sampling(given), **checks.pick(given, _FIELDS)}
+    check_choice(body)
+    if body.get("top_logprobs") is not None and not body.get("logprobs"):
+        raise bad_request("`top_logprobs` needs `logprobs: true`", "top_logprobs")
+    if (limit := token_limit(given, "max_completion_tokens", "max_tokens")) is not None:
+        body["max_tokens"] = limit
+    stream, include_usage = streaming(given)
+    return ChatRequest(model, stream, include_usage, body, choices(given), keep_alive_s(given))
+
+
+def streaming(given: Mapping[str, Any]) -> tuple[bool, bool]:
+    """``stream``, and whether the stream tells the usage."""
+    stream = given.get("stream") is not None and checks.flag("stream", given["stream"])
+    options = {} if given.get("stream_options") is None else checks.mapping("stream_options", given["stream_options"])
+    if options and not stream:
+        raise bad_request("`stream_options` needs `stream: true`", "stream_options")
+    usage = options.get("include_usage")
+    return stream, usage is not None and checks.flag("stream_options.include_usage", usage)
+
+
+def token_limit(given: Mapping[str, Any], *names: str) -> int | None:
+    """The first of these fields that is there."""
+    for name in names:
         if given.get(name) is not None:
-            body[name] = check(name, given[name])
-    limit = given.get("max_completion_tokens", given.get("max_tokens"))
-    if limit is not None:
-        body["max_tokens"] = _integer(1, 2**31)("max_completion_tokens", limit)
-    return ChatRequest(model, stream, _bool(options, "include_usage", "stream_options.include_usage"), body)
+            return int(checks.integer(1, 2**31)(name, given[name]))
+    return None
 
 
-def _bool(given: dict[str, Any], name: str, param: str | None = None) -> bool:
-    value = given.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise bad_request(f"`{param or name}` must be true or false", param or name)
-    return bool(value)
+def choices(given: Mapping[str, Any]) -> int:
+    """``n``."""
+    return 1 if given.get("n") is None else int(checks.integer(1, MAX_CHOICES)("n", given["n"]))
 
 
-def _messages(given: Any) -> list[dict[str, Any]]:
+def keep_alive_s(given: Mapping[str, Any]) -> float | None:
+    """``keep_alive``; None: as the node, the model and the agent say."""
+    return None if given.get("keep_alive") is None else checks.keep_alive("keep_alive", given["keep_alive"])
+
+
+def messages(given: Any) -> list[dict[str, Any]]:
+    """The messages, checked and plain."""
     if not isinstance(given, list) or not given:
         raise bad_request("`messages` must be a list of at least one message", "messages")
     if len(given) > MAX_MESSAGES:
@@ -84,16 +100,25 @@ def _message(param: str, given: Any) -> dict[str, Any]:
     content = given.get("content")
     if content is None and not (role == "assistant" and calls):
         raise bad_request(f"`{param}.content` is missing", f"{param}.content")
-    message["content"] = "" if content is None else _text(f"{param}.content", content)
+    message["content"] = "" if content is None else content_text(f"{param}.content", content, ("text",))
     if calls:
-        message["tool_calls"] = calls
+        message["tool_calls"] = [_call(f"{param}.tool_calls[{number}]", call) for number, call in enumerate(calls)]
     for name in ("name", "tool_call_id"):
         if given.get(name) is not None:
-            message[name] = _string(f"{param}.{name}", given[name])
+            message[name] = checks.text(f"{param}.{name}", given[name])
     return message
 
 
-def _text(param: str, content: Any) -> str:
+def _call(param: str, given: Any) -> dict[str, Any]:
+    function = given.get("function") if isinstance(given, dict) else None
+    if not isinstance(function, dict) or not all(isinstance(function.get(n), str) for n in ("name", "arguments")):
+        raise bad_request(f"`{param}` must be a call of a function with a name and arguments (text)", param)
+    called = {"name": function["name"], "arguments": function["arguments"]}
+    return {"id": checks.text(f"{param}.id", given.get("id", "")), "type": "function", "function": called}
+
+
+def content_text(param: str, content: Any, kinds: tuple[str, ...]) -> str:
+    """Text, or parts of these kinds joined."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -101,7 +126,7 @@ def _text(param: str, content: Any) -> str:
     texts = []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
+        if kind not in kinds or not isinstance(part.get("text"), str):
             raise bad_request(
                 f"`{param}[{number}]` is of type {kind!r}: only text is understood here",
                 f"{param}[{number}]",
@@ -111,89 +136,47 @@ def _text(param: str, content: Any) -> str:
     return "".join(texts)
 
 
-def _string(param: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise bad_request(f"`{param}` must be text", param)
-    return value
-
-
-def _number(low: float, high: float) -> Callable[[str, Any], float]:
-    def check(param: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise bad_request(f"`{param}` must be a number from {low:g} to {high:g}", param)
-        return float(value)
-
-    return check
-
-
-def _integer(low: int, high: int) -> Callable[[str, Any], int]:
-    def check(param: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise bad_request(f"`{param}` must be a whole number from {low} to {high}", param)
-        return value
-
-    return check
-
-
-def _stop(param: str, value: Any) -> list[str]:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(stop, str) for stop in stops):
-        raise bad_request(f"`{param}` must be text or a list of at most {MAX_STOPS} texts", param)
-    return [stop for stop in stops if stop]
-
-
-def _response_format(param: str, value: Any) -> dict[str, Any]:
+def response_format(param: str, value: Any) -> dict[str, Any]:
+    """The form of the answer. Whether the schema can be enforced is for the backend to say."""
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in ("text", "json_object", "json_schema"):
         raise bad_request(f"`{param}.type` must be text, json_object or json_schema", f"{param}.type")
-    if kind == "json_schema":
-        schema = value.get("json_schema")
-        if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
-            raise bad_request(f"`{param}.json_schema.schema` must be a JSON Schema object", f"{param}.json_schema")
-    return dict(value)
+    if kind != "json_schema":
+        return {"type": kind}
+    given = value.get("json_schema")
+    if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
+        raise bad_request(f"`{param}.json_schema.schema` must be a JSON Schema object", f"{param}.json_schema")
+    named = {"name": str(given.get("name", "answer")), "strict": True, "schema": given["schema"]}
+    return {"type": kind, "json_schema": named}
 
 
-def _tools(param: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise bad_request(f"`{param}` must be a list", param)
-    for number, tool in enumerate(value):
-        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise bad_request(f"`{param}[{number}]` must be a function with a name", f"{param}[{number}]")
-    return value
+def _only_text(param: str, value: Any) -> None:
+    if value != ["text"]:
+        raise bad_request(f'`{param}` can only be ["text"]', param, "unsupported_value")
 
 
-def _tool_choice(param: str, value: Any) -> Any:
-    if value not in ("none", "auto", "required") and not isinstance(value, dict):
-        raise bad_request(f"`{param}` must be none, auto, required or a function", param)
-    return value
-
-
-def _logit_bias(param: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise bad_request(f"`{param}` must be an object from token to bias", param)
-    return value
-
-
-def _flag(param: str, value: Any) -> bool:
-    return _bool({param: value}, param)
-
-
-_FIELDS: dict[str, Callable[[str, Any], Any]] = {
-    "temperature": _number(0, 2),
-    "top_p": _number(0, 1),
-    "top_k": _integer(0, 2**31 - 1),
-    "min_p": _number(0, 1),
-    "seed": _integer(-(2**63), 2**64 - 1),
-    "frequency_penalty": _number(-2, 2),
-    "presence_penalty": _number(-2, 2),
-    "repeat_penalty": _number(0, 10),
-    "stop": _stop,
-    "response_format": _response_format,
-    "tools": _tools,
-    "tool_choice": _tool_choice,
-    "parallel_tool_calls": _flag,
-    "logprobs": _flag,
-    "top_logprobs": _integer(0, 20),
-    "logit_bias": _logit_bias,
+_FIELDS: dict[str, Check] = {
+    "modalities": _only_text,
+    "response_format": response_format,
+    "tools": tools,
+    "tool_choice": tool_choice,
+    "parallel_tool_calls": checks.flag,
+    "logprobs": checks.flag,
+    "top_logprobs": checks.integer(0, 20),
+    "chat_template_kwargs": checks.mapping,
+}
+# These say nothing that could change the answer of a model on this node.
+INFORMING = frozenset(
+    {
+        *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"),
+        *("prompt_cache_retention", "prediction", "reasoning_effort", "verbosity"),
+    }
+)
+SHARED = frozenset({"model", "stream", "stream_options", "n", "keep_alive", "max_tokens", *checks.SAMPLING_NAMES})
+_KNOWN = frozenset({"messages", "max_completion_tokens", *SHARED, *_FIELDS, *INFORMING})
+_UNSUPPORTED = {
+    "functions": "describe them in `tools`",
+    "function_call": "use `tool_choice`",
+    "audio": "models here answer in text",
+    "web_search_options": "models here know no web search",
 }

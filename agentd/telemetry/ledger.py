@@ -27,9 +27,9 @@ class Ledger:
         taken, self._pending = self._pending, {}
         return taken
 
-    def refused(self, key: ModelKey) -> None:
-        """A request was refused before it reached the host (its agent's own limits)."""
-        self._add(key, ModelCounters(requests_refused=1))
+    def refused(self, key: ModelKey, code: str) -> None:
+        """A request was refused before it reached the host (its agent's own limits), for this reason."""
+        self._add(key, ModelCounters(requests_refused=1, refusals={code: 1}))
 
     def _collect(self) -> None:
         for key, counters in self._take().items():

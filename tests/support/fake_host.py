@@ -22,6 +22,7 @@ from agentd.models.types import (
     ModelStatus,
     Refused,
     Timings,
+    Vectors,
 )
 from slmfleet import logs
 
@@ -85,6 +86,22 @@ class FakeHost:
             self.cancelled += not finished
             if not finished:
                 log.info("generation cancelled")
+
+    async def embed(self, request: GenerateRequest, inputs: Sequence[str]) -> Vectors:
+        self.requests.append(request)
+        if self.errors:
+            raise self.errors.pop(0)
+        return Vectors([[float(len(text)), 0.5] for text in inputs], sum(len(text.split()) for text in inputs))
+
+    async def load(self, key: ModelKey) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+        self._load(key)
+
+    async def unload(self, key: ModelKey) -> None:
+        if self.models[key].warm:
+            raise Refused(400, "model_kept_warm", f"{key} is kept loaded by the desired state")
+        self.loaded.discard(key)
 
     def set_models(self, models: Sequence[LoadableModel]) -> None:
         self.models = {model.key: model for model in models}

@@ -12,8 +12,9 @@ import pytest
 
 from agentd.agents.router import Catalog, Target
 from agentd.api.app import Api
-from agentd.api.chat import Chat, merge_delta
+from agentd.api.chat import merge_delta
 from agentd.api.guard import host_filter
+from agentd.api.serving import Serving
 from agentd.models.types import GenerationFailed, LoadableModel, ModelKey, Refused
 from slmfleet.v1 import state_pb2 as pb
 from tests.support.fake_host import FakeHost
@@ -35,7 +36,7 @@ class Rig:
         self.refused: list[ModelKey] = []
         catalog = Catalog((Target("a1", "shop", "m", "1", greeter, KEY, problem),), drained)
         self.api = Api(
-            Chat(self.host, lambda: catalog, self.refused.append),
+            Serving(self.host, lambda: catalog, lambda key, _: self.refused.append(key)),
             lambda: catalog,
             ready=lambda: {"ready": True},
             status=self._status,

@@ -19,6 +19,10 @@ def parse(**changes: object):  # type: ignore[no-untyped-def]
     return parse_chat(json.dumps({**GOOD, **changes}).encode())
 
 
+def tool(name: str, parameters: object = None) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
@@ -34,21 +38,37 @@ def parse(**changes: object):  # type: ignore[no-untyped-def]
         ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0].tool_calls"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": 1}, "stream_options"),
-        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-        ({"n": 2}, "n"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"n": 9}, "n"),
+        ({"n": 0}, "n"),
         ({"temperature": 3}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"max_tokens": 0}, "max_completion_tokens"),
-        ({"max_tokens": 1.5}, "max_completion_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 1.5}, "max_completion_tokens"),
         ({"seed": 2**70}, "seed"),
         ({"stop": 3}, "stop"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": [tool("a b")]}, "tools[0]"),
+        ({"tools": [tool("f"), tool("f")]}, "tools"),
+        ({"tools": [tool("f", {"type": "thing"})]}, "tools[0].function.parameters"),
         ({"tool_choice": "perhaps"}, "tool_choice"),
-        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [tool("f")], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"modalities": ["audio"]}, "modalities"),
+        ({"functions": []}, "functions"),
+        ({"temprature": 1}, "temprature"),
+        ({"keep_alive": "soon"}, "keep_alive"),
+        ({"keep_alive": -2}, "keep_alive"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0]"),
     ],
 )
 def test_bad_requests_name_the_field(changes: dict[str, object], param: str) -> None:
@@ -65,13 +85,16 @@ def test_bodies_that_are_no_json_object(raw: bytes) -> None:
     assert caught.value.status == 400
 
 
-def test_aliases_are_resolved_and_unknown_fields_dropped() -> None:
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def test_aliases_are_resolved_and_fields_that_only_inform_dropped() -> None:
     request = parse(
         max_completion_tokens=7, max_tokens=9, user="me", metadata={"a": 1}, stop="END", top_p=1,
         stream=True, stream_options={"include_usage": True},
         messages=[
             {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-            {"role": "assistant", "tool_calls": [{"id": "1"}]},
+            {"role": "assistant", "tool_calls": [CALL]},
             {"role": "tool", "tool_call_id": "1", "content": "x"},
         ],
     )  # fmt: skip
@@ -82,10 +105,23 @@ def test_aliases_are_resolved_and_unknown_fields_dropped() -> None:
         "top_p": 1.0,
         "messages": [
             {"role": "system", "content": "ab"},
-            {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]},
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
             {"role": "tool", "content": "x", "tool_call_id": "1"},
         ],
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [("10m", 600.0), (90, 90.0), (0, 0.0), (-1, -1.0), ("-1", -1.0), ("1h30m", 5400.0)]
+)
+def test_keep_alive_is_read_in_every_form(given: object, seconds: float) -> None:
+    assert parse(keep_alive=given).keep_alive_s == seconds
+
+
+def test_an_unknown_field_is_told_with_its_neighbours() -> None:
+    with pytest.raises(ApiError, match="did you mean temperature") as caught:
+        parse(temperatur=1)
+    assert caught.value.code == "unknown_parameter"
 
 
 def test_null_means_not_given() -> None:
