@@ -143,6 +143,9 @@ def _open_v2(root: Path, path: str | None) -> Cgroups | None:
     if path is None:
         return None
     own = _visible(root / "sys/fs/cgroup", path)
+    if own.name == _LEAF and (own.parent / _PARENT).is_dir():
+        # This process is in the leaf already: an agentd that was started by another in the same unit.
+        own = own.parent
     try:
         offered = (own / "cgroup.controllers").read_text().split()
         wanted = [name for name in _CONTROLLERS_V2 if name in offered]

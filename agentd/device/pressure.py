@@ -78,10 +78,14 @@ def _stat(path: Path, name: str) -> int:
     return 0
 
 
-def stalled_fraction(root: Path = Path("/")) -> float:
-    """Share of the last 10 s in which some task waited for memory (PSI), 0 to 1; 0 where the kernel does not tell."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in (root / "proc/pressure/memory").read_text().splitlines():
-            if line.startswith("some"):
-                return float(line.split()[1].removeprefix("avg10=")) / 100
+def stalled_fraction(root: Path = Path("/"), group: Path | None = None) -> float:
+    """Share of the last 10 s in which some task waited for memory (PSI), 0 to 1; 0 where the kernel does not tell.
+
+    Of the tasks in the cgroup ``group`` where that is v2, else of the whole system (Documentation/accounting/psi.rst).
+    """
+    for file in (group / "memory.pressure" if group else None, root / "proc/pressure/memory"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            for line in file.read_text().splitlines() if file else ():
+                if line.startswith("some"):
+                    return float(line.split()[1].removeprefix("avg10=")) / 100
     return 0.0

@@ -7,11 +7,15 @@ from typing import Protocol
 
 from agentd.models.planner import AGEING_PER_SECOND
 from agentd.models.settings import BackoffSettings
+from slmfleet.v1 import worker_pb2
 
 # Chunks' worth of time without progress before a worker counts as hung: room for a machine that is busy elsewhere.
 _HANG_CHUNKS = 20
 # Until the prefill speed is known: that of a 7B model on a single-board computer.
 _SLOWEST_PREFILL_TOKENS_PER_S = 4.0
+# Tokens of an answer, and seconds, before its speed says anything.
+_SPEED_TOKENS = 8
+_SPEED_S = 2.0
 # Weight of the newest value in running means.
 _NEWEST = 0.3
 
@@ -25,15 +29,18 @@ class Waiting(Protocol):
     def submitted_s(self) -> float: ...
 
 
-def next_index(queue: Sequence[Waiting], now_s: float) -> int:
-    """Index of the request that is served next: greatest priority, aged by waiting; the oldest among equals."""
+def rank(waiting: Waiting) -> tuple[float, float]:
+    """Smaller is served first: greatest priority, aged by waiting; the oldest among equals.
 
-    def rank(index: int) -> tuple[float, float]:
-        waiting = queue[index]
-        aged = waiting.priority + AGEING_PER_SECOND * (now_s - waiting.submitted_s)
-        return (-aged, waiting.submitted_s)
+    ``priority + rate * (now - submitted)`` orders two requests as ``priority - rate * submitted`` does, whatever the
+    time is: the order never changes while both wait.
+    """
+    return (AGEING_PER_SECOND * waiting.submitted_s - waiting.priority, waiting.submitted_s)
 
-    return min(range(len(queue)), key=rank)
+
+def next_index(queue: Sequence[Waiting]) -> int:
+    """Index of the request that is served next."""
+    return min(range(len(queue)), key=lambda index: rank(queue[index]))
 
 
 def running_mean(old: float | None, new: float) -> float:
@@ -68,3 +75,18 @@ def hang_limit_s(prefill_tokens_per_s: float | None, chunk_tokens: int, floor_s:
 def load_timeout_s(weight_bytes: int, floor_s: float, seconds_per_byte: float) -> float:
     """How long a load may take, from the size of the files."""
     return floor_s + weight_bytes * seconds_per_byte
+
+
+def decode_speed(done: worker_pb2.WorkerReply.Done) -> float | None:
+    """Tokens per second of a complete answer; None if it was too short to say."""
+    if done.output_tokens < _SPEED_TOKENS or done.decode_seconds <= 0:
+        return None
+    return float(done.output_tokens / done.decode_seconds)
+
+
+def speed_so_far(tokens: int, seconds: float) -> float | None:
+    """Tokens per second of answers that are being written; None if it is too early to say. Silence counts too: few
+    tokens in a long time are a speed."""
+    if seconds < _SPEED_S or (tokens < _SPEED_TOKENS and seconds < 4 * _SPEED_S):
+        return None
+    return tokens / seconds

@@ -50,6 +50,9 @@ class ModelCounters:
     unloads: int = 0
     evictions: int = 0
     crashes: int = 0
+    # Times that the model was found far slower than it was, or that agentd's own watch ended a worker.
+    thrashes: int = 0
+    over_limit: int = 0
     # Refusals by their code.
     refusals: dict[str, int] = field(default_factory=dict)
     first_token_s: Histogram = field(default_factory=Histogram)

@@ -64,13 +64,16 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The planner gives the memory."""
+    """The planner gives the memory that wish number ``wish`` asked for."""
+
+    wish: int
 
 
 @dataclass(frozen=True, slots=True)
 class Denied:
     """The planner can't give the memory, and waiting would not help."""
 
+    wish: int
     reason: str
 
 
@@ -79,6 +82,18 @@ class Evict:
     """The planner asks an idle model to go."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Yield:
+    """Others have waited long: finish what runs, then go, although more requests wait. They get the next worker."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retune:
+    """Threads or slots of the next load changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,5 +142,9 @@ class Probe:
 
 Event = (
     Submit | Abandon | Configure | Close | Hold | Unload | Prepare | Granted | Denied | Evict | Spawned | SpawnFailed
-    | Replied | Exited | Tick | Probe
+    | Replied | Exited | Tick | Probe | Yield | Retune
 )  # fmt: skip
+
+# What comes from callers, and so without bound: refused when an inbox is full. All else is always taken, since a lost
+# end of a worker, or a lost grant, would be waited for without end.
+FROM_OUTSIDE = (Submit, Hold, Unload, Probe)

@@ -8,13 +8,16 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from agentd.device.pressure import Memory, read_memory
 from agentd.models import events as on
+from agentd.models import refusals
 from agentd.models.backends import available_formats
 from agentd.models.counters import ModelCounters
 from agentd.models.launcher import Launcher, ProcessLauncher
+from agentd.models.measured import Measurement
 from agentd.models.owner import Owner
+from agentd.models.places import Places
 from agentd.models.planner import Budget
 from agentd.models.scheduler import Scheduler
-from agentd.models.settings import HostSettings
+from agentd.models.settings import HostSettings, Tuning, tightest
 from agentd.models.ticket import Ticket
 from agentd.models.types import (
     Chunk,
@@ -33,7 +36,7 @@ from slmfleet.v1 import worker_pb2
 log = logs.get(__name__)
 # Of the memory of the machine, where no limit was set.
 _DEFAULT_SHARE = 0.8
-_RESTART_S = 1.0
+_RESTART_S, _RESTART_CAP_S = 1.0, 60.0
 
 
 class Host:
@@ -44,18 +47,28 @@ class Host:
         settings: HostSettings,
         launcher: Launcher | None = None,
         memory: Callable[[], Memory] = read_memory,
+        measured: Mapping[ModelKey, Measurement] | None = None,
     ) -> None:
+        """``measured``: what models took in an earlier life of this process on this device."""
         self._settings = settings
+        self._tuning = Tuning()
         self._processes = ProcessLauncher(settings) if launcher is None else None
         self._launcher: Launcher = launcher or self._processes  # type: ignore[assignment]
         self._memory = memory
         self._owners: dict[ModelKey, Owner] = {}
-        self._scheduler = Scheduler(self._owners, self._budget)
+        # What the desired state names. One owner at a time exists per key: the next one is made when the last is gone.
+        self._models: dict[ModelKey, LoadableModel] = {}
+        self._scheduler = Scheduler(self._owners, self._budget, measured)
+        self._places = Places(self._max_concurrent, self._owners.values)
+        if self._processes is not None:
+            self._processes.measured = self._scheduler.measured
         self._subscribers: list[Callable[[ModelStatus], None]] = []
         self._group: asyncio.TaskGroup | None = None
         self._stopped = False
         # Counts of models that are gone, until they are taken.
         self._departed: dict[ModelKey, ModelCounters] = {}
+        # Bugs in owners that cost a model a restart.
+        self.owner_failures = 0
 
     # What the rest of agentd asks.
 
@@ -85,16 +98,37 @@ class Host:
 
     def set_models(self, models: Sequence[LoadableModel]) -> None:
         """See ModelHost.set_models."""
-        wanted = {model.key: model for model in models}
+        self._models = {model.key: model for model in models}
         for key, owner in self._owners.items():
-            if key not in wanted:
+            if key not in self._models:
                 owner.post(on.Close())
-        for key, model in wanted.items():
+        for key, model in self._models.items():
             known = self._owners.get(key)
-            if known is None or known.ended:
+            if known is None:
                 self._add(model)
             elif known.model != model or known.closing:
                 known.post(on.Configure(model))
+
+    def tune(self, tuning: Tuning) -> None:
+        """Bounds from now on: memory and places at once, threads and slots from each model's next load."""
+        if tuning == self._tuning:
+            return
+        self._tuning = tuning
+        if self._processes is not None:
+            self._processes.tuning = tuning
+        for owner in self._owners.values():
+            owner.post(on.Retune())
+        self._scheduler.changed()
+
+    @property
+    def limits(self) -> str:
+        """How workers are held to their limits: "cgroup2", "cgroup1", "watchdog" or "none". Known while it runs."""
+        return self._processes.limits if self._processes else "none"
+
+    @property
+    def measured(self) -> Mapping[ModelKey, Measurement]:
+        """What models took when they were loaded last: to be given to the next life of this process."""
+        return self._scheduler.measured
 
     def status(self) -> Sequence[ModelStatus]:
         """See ModelHost.status."""
@@ -104,20 +138,28 @@ class Host:
         """Formats that a backend here can load."""
         return available_formats(self._settings.backends)
 
-    async def load(self, key: ModelKey) -> None:
+    async def load(self, key: ModelKey, timeout_s: float = 600.0) -> None:
         """Load now; returns when the model is ready. Raises Refused."""
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._post(key, on.Hold(answer))
-        await answer
+        await self._answer(self._post(key, on.Hold(answer)), answer, "loaded", timeout_s)
 
-    async def unload(self, key: ModelKey) -> None:
+    async def unload(self, key: ModelKey, timeout_s: float = 600.0) -> None:
         """Unload as soon as nobody uses the model; returns when its memory is back. Raises Refused."""
         owner = self._owners.get(key)
         if owner is not None and owner.model.warm:
             raise Refused(400, "model_kept_warm", f"{key} is kept loaded by the desired state; change the deployment")
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._post(key, on.Unload(answer))
-        await answer
+        await self._answer(self._post(key, on.Unload(answer)), answer, "unloaded", timeout_s)
+
+    async def _answer(self, owner: Owner, answer: asyncio.Future[None], what: str, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await answer
+        except TimeoutError:
+            raise refusals.too_slow(owner.model.key, what, timeout_s) from None
+        finally:
+            # A hold whose caller left is no reason to load.
+            owner.wake()
 
     def subscribe(self, callback: Callable[[ModelStatus], None]) -> Callable[[], None]:
         """Call ``callback`` at each change of a model's state; the answer ends that."""
@@ -171,7 +213,9 @@ class Host:
                 self._processes.close()
 
     def _add(self, model: LoadableModel) -> None:
-        owner = Owner(model, self._settings, self._launcher, self._scheduler, self._publish)
+        owner = Owner(
+            model, self._settings, self._launcher, self._scheduler, self._publish, self._places, lambda: self._tuning
+        )
         self._owners[model.key] = owner
         if self._group is not None:
             self._start(owner)
@@ -186,17 +230,15 @@ class Host:
         try:
             await owner.run()
         except Exception:
-            log.exception("an owner failed", model=str(key))
-            self._scheduler.release(owner.model)
-            self._scheduler.unwant(owner.model)
-            await asyncio.sleep(_RESTART_S)
-            if self._owners.get(key) is owner:
-                self._retire(owner)
-                self._add(owner.model)
-            return
-        if self._owners.get(key) is owner:
-            self._retire(owner)
-            del self._owners[key]
+            self.owner_failures += 1
+            log.exception("an owner failed", model=str(key), failures=self.owner_failures)
+            await asyncio.sleep(min(_RESTART_CAP_S, _RESTART_S * self.owner_failures))
+        self._retire(owner)
+        self._scheduler.forget(key)
+        del self._owners[key]
+        if key in self._models and not self._stopped:
+            # It failed, or was named again while it ended.
+            self._add(self._models[key])
 
     def _retire(self, owner: Owner) -> None:
         counters, key = owner.ledger.take(), owner.model.key
@@ -212,7 +254,9 @@ class Host:
         owner = self._owners.get(key)
         if self._stopped or self._group is None:
             raise Refused(503, "shutting_down", "the model host is not running; ask again later", 5.0)
-        if owner is None or owner.ended:
+        if owner is not None and owner.ended:
+            raise refusals.restarting(key)
+        if owner is None:
             raise Refused(404, "model_not_found", f"this node has no model {key}")
         if not owner.post(event):
             raise Refused(429, "queue_full", f"too many requests for {key} at once; ask again later", 1.0)
@@ -226,6 +270,12 @@ class Host:
         memory = self._memory()
         return Budget(
             available_bytes=max(0, memory.available - self._settings.reserve_bytes),
-            max_memory_bytes=self._settings.max_memory_bytes or int(memory.total * _DEFAULT_SHARE),
-            max_loaded_models=self._settings.max_loaded_models,
+            max_memory_bytes=tightest(
+                self._settings.max_memory_bytes or int(memory.total * _DEFAULT_SHARE), self._tuning.max_memory_bytes
+            ),
+            max_loaded_models=tightest(self._settings.max_loaded_models, self._tuning.max_loaded_models),
+            short_bytes=max(0, self._settings.reserve_bytes - memory.available),
         )
+
+    def _max_concurrent(self) -> int:
+        return tightest(self._settings.max_concurrent, self._tuning.max_concurrent)

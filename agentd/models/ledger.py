@@ -19,6 +19,8 @@ class Ledger:
         # Seconds in the worker, and prompt tokens read per second: means over the last few requests.
         self.service_s: float | None = None
         self.prefill_tokens_per_s: float | None = None
+        # Tokens written per second by all slots together, likewise.
+        self.decode_tokens_per_s: float | None = None
 
     def take(self) -> ModelCounters:
         """Counts since the last call."""
@@ -34,6 +36,10 @@ class Ledger:
         """The model became ready."""
         self.current.loads += 1
         self.current.load_s.observe(seconds)
+
+    def decoded(self, tokens_per_s: float) -> None:
+        """A speed that was measured while all was well."""
+        self.decode_tokens_per_s = running_mean(self.decode_tokens_per_s, tokens_per_s)
 
     def refused(self, code: str) -> None:
         """A request was turned away."""
@@ -51,6 +57,9 @@ class Ledger:
     ) -> None:
         """A request is complete: count it, and give its caller the end of the answer."""
         if done.finish_reason == "cancelled":
+            return
+        if ticket.internal:
+            ticket.finish(Done(done.finish_reason, done.prompt_tokens, done.output_tokens))
             return
         self.service_s = running_mean(self.service_s, now_s - ticket.sent_s)
         read = done.prompt_tokens - done.cached_tokens

@@ -20,55 +20,35 @@ so a lost or doubled event costs nothing but time.
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from agentd.models import admission, refusals
+from agentd.models import admission, life, refusals
 from agentd.models import events as on
 from agentd.models.broker import Broker
+from agentd.models.claim import Claim
+from agentd.models.failures import Failures
 from agentd.models.inspect import NotAModel
 from agentd.models.launcher import Launcher, Prepared
 from agentd.models.ledger import Ledger
-from agentd.models.process import Exit, Worker
+from agentd.models.life import Life
+from agentd.models.places import Places, Rank
+from agentd.models.process import Exit
 from agentd.models.requests import Requests
-from agentd.models.settings import HostSettings
+from agentd.models.settings import HostSettings, Tuning
 from agentd.models.ticket import Ticket
-from agentd.models.types import LoadableModel, ModelState, ModelStatus, Refused
+from agentd.models.types import LoadableModel, ModelState, ModelStatus, Refused, RuntimeOptions
+from agentd.models.warmup import warm_up
 from slmfleet import logs
 from slmfleet.v1.worker_pb2 import WorkerReply, WorkerRequest
 
 log = logs.get(__name__)
 State = ModelState
-# More events than this in one inbox mean that requests come faster than they can even be refused.
+# More events than this in one inbox mean that requests come faster than they can even be refused: such get no place.
 _INBOX = 4096
 # Progress of running requests is looked at this often.
 _WATCH_S = 1.0
 _MEMORY_MAX_AGE_S = 5.0
-# llama.cpp: "0.00.004.025 E llama_model_load: error loading model: ...".
-_LOG_PREFIX = re.compile(r"^[\d.]+ [EF] +\S+: +")
-
-
-@dataclass(slots=True)
-class _Life:
-    """One worker, from the decision to start it to its end. ``serial`` names it in events."""
-
-    serial: int = 0
-    started_s: float = 0.0
-    # What it is told to load: the settings may change before it is spawned.
-    load: WorkerRequest = field(default_factory=WorkerRequest)
-    worker: Worker | None = None
-    slots: int = 1
-    ready_s: float | None = None
-    # Why it is to go as soon as nobody uses it; why we killed it; what it said before it ended by itself.
-    leave: str = ""
-    verdict: str = ""
-    failure: str = ""
-    # The last request's wish.
-    keep_alive_s: float | None = None
-    # When it was measured, and its bytes then.
-    memory: tuple[float, int] = (0.0, 0)
 
 
 class Owner:
@@ -81,6 +61,8 @@ class Owner:
         launcher: Launcher,
         broker: Broker,
         notify: Callable[[ModelStatus], None],
+        places: Places,
+        tuning: Callable[[], Tuning],
     ) -> None:
         self.model = model
         self.ledger = Ledger()
@@ -90,35 +72,38 @@ class Owner:
         self._launcher = launcher
         self._broker = broker
         self._notify = notify
-        self._inbox: asyncio.Queue[on.Event] = asyncio.Queue(_INBOX)
+        self._places = places
+        self._tuning = tuning
+        self._inbox: asyncio.Queue[on.Event] = asyncio.Queue()
         self._effects: asyncio.TaskGroup
         self._timer: asyncio.TimerHandle | None = None
         self._state = State.UNLOADED
-        self._life = _Life()
+        self._life = Life()
         self._requests = Requests(self.ledger)
         self._closing = False
         self._reason = ""
-        # Towards a load: what is known of the files, and whether their reader or the planner was asked.
-        self._prepared: Prepared | None = None
-        self._asked = False
+        self._claim = Claim(broker, self._read)
+        # A model that found no memory is not asked for again before this for its own sake.
         self._ask_again_s = 0.0
         self._holds: list[asyncio.Future[None]] = []
         self._unloads: list[asyncio.Future[None]] = []
         self._load_seconds: float | None = None
         self._last_used_s = 0.0
-        self._crashes = 0
-        self._backoff_until_s = 0.0
+        self._failures = Failures(settings.backoff)
 
     # Called from outside the task.
 
     def post(self, event: on.Event) -> bool:
-        """Put an event into the inbox; False if it is full."""
-        try:
-            self._inbox.put_nowait(event)
-        except asyncio.QueueFull:
+        """Put an event into the inbox; False if it comes from a caller and there are too many of those."""
+        if self._inbox.qsize() >= _INBOX and isinstance(event, on.FROM_OUTSIDE):
             log.warning("an inbox is full", model=str(self.model.key), event=type(event).__name__)
             return False
+        self._inbox.put_nowait(event)
         return True
+
+    def wake(self) -> None:
+        """Look again at what can be done."""
+        self.post(on.Tick())
 
     @property
     def closing(self) -> bool:
@@ -129,6 +114,19 @@ class Owner:
     def references(self) -> int:
         """Requests that run or wait."""
         return self._requests.references
+
+    @property
+    def running(self) -> int:
+        """Requests that run."""
+        return len(self._requests.running)
+
+    @property
+    def turn(self) -> Rank | None:
+        """See ``places.Contender``."""
+        able = self._state is State.READY and not self._life.leave and len(self._requests.running) < self._life.slots
+        if not able or not self._requests.waiting:
+            return None
+        return (*min(map(admission.rank, self._requests.waiting)), str(self.model.key))
 
     @property
     def last_used_s(self) -> float:
@@ -155,7 +153,11 @@ class Owner:
             reason=self._reason,
             loaded_at_s=self._life.ready_s,
             load_seconds=self._load_seconds,
-            crashes=self._crashes,
+            crashes=self._failures.count,
+            degraded=self._failures.degraded,
+            log_lines=self._failures.lines,
+            thrashing=self._life.thrashing,
+            limit_bytes=worker.limit_bytes if worker else 0,
         )
 
     def on_reply(self, serial: int, reply: WorkerReply) -> None:
@@ -188,7 +190,7 @@ class Owner:
             await self._shut_down()
 
     def _is_over(self) -> bool:
-        idle = self._state in (State.UNLOADED, State.BACKING_OFF) and not self._asked
+        idle = self._state in (State.UNLOADED, State.BACKING_OFF) and not self._claim.open
         return self._closing and idle and not self.references and self._inbox.empty()
 
     async def _shut_down(self) -> None:
@@ -221,7 +223,7 @@ class Owner:
             case _, on.Submit(ticket):
                 self._admit(ticket, now)
             case _, on.Abandon(ticket):
-                self._tell_worker(self._requests.abandon(ticket))
+                self._tell_worker(self._requests.abandon(ticket, now))
             case _, on.Configure(model):
                 self._configure(model)
             case _, on.Close():
@@ -247,18 +249,21 @@ class Owner:
                 pass
             case State.UNLOADED, on.Prepare(model, prepared, error):
                 self._on_prepared(model, prepared, error, now)
-            case State.UNLOADED, on.Granted() if self._asked:
+            case State.UNLOADED, on.Granted(wish) if self._claim.answers(wish):
                 self._start(now)
-            case _, on.Granted():
-                self._broker.release(self.model)
-            case State.UNLOADED, on.Denied(reason) if self._asked:
+            case State.UNLOADED, on.Denied(wish, reason) if self._claim.answers(wish):
                 self._on_denied(reason, now)
-            case State.READY, on.Evict(reason) if not self.references:
+            case State.READY, on.Evict(reason) if not self.references and not self.model.warm:
                 self._life.leave = reason
                 self.ledger.current.evictions += 1
-            case _, on.Evict():
-                # Too late: somebody uses it. The planner looks again.
-                self._broker.changed()
+            case State.READY, on.Yield(reason) if not self.model.warm:
+                self._life.leave = reason
+                self.ledger.current.evictions += 1
+            case _, (on.Evict() | on.Yield()):
+                # Too late: somebody uses it, or it is gone already. The planner looks again.
+                self._broker.declined(self.model)
+            case State.UNLOADED, on.Retune():
+                self._claim.forget(self.model)
             case _, (on.Spawned(serial, _) | on.SpawnFailed(serial, _) | on.Replied(serial, _) | on.Exited(serial, _)):
                 # Of an earlier worker nothing is of interest any more.
                 if serial == self._life.serial:
@@ -276,7 +281,7 @@ class Owner:
                 self._end_worker()
             case ((State.LOADING | State.STOPPING), on.SpawnFailed(_, reason)):
                 self._broker.release(self.model)
-                self._crashed(f"no process could be started: {reason}", now)
+                self._crashed(f"no process could be started: {reason}", (), now)
             case _, on.Exited(_, how):
                 self._on_exited(how, now)
             case State.LOADING, on.Replied(_, reply) if reply.HasField("ready"):
@@ -286,6 +291,7 @@ class Owner:
                 self._life.failure = reply.failed.message
             case _, on.Replied(_, reply) if reply.HasField("heartbeat"):
                 self._requests.heartbeat(reply.heartbeat, now)
+                self._judge_speed(self._requests.speed(now))
             case _, on.Replied(_, reply) if reply.HasField("done") or reply.HasField("failed"):
                 self._on_end(reply, now)
             case _:
@@ -307,25 +313,20 @@ class Owner:
         self._closing = False
         if _files(old) == _files(model):
             return
-        self._prepared = None
-        # A wish that was made for the old files is of no use: the next step asks anew.
-        if self._asked:
-            self._asked = False
-            self._broker.unwant(old)
+        self._claim.forget(old)
         if self._state in (State.LOADING, State.READY):
             self._life.leave = "its settings changed"
 
     def _on_prepared(self, model: LoadableModel, prepared: Prepared | None, error: str, now: float) -> None:
-        self._asked = False
+        self._claim.open = False
         if _files(model) != _files(self.model):
             return
         if prepared is None:
-            self._crashed(error, now)
+            self._crashed(error, (), now)
         else:
-            self._prepared = prepared
+            self._claim.prepared = prepared
 
     def _on_denied(self, reason: str, now: float) -> None:
-        self._asked = False
         self._ask_again_s = now + refusals.ASK_AGAIN_S
         self._reason = reason
         refusal = refusals.no_memory(reason)
@@ -343,6 +344,8 @@ class Owner:
         self._measure(now)
         self._move(State.READY)
         _resolve(self._holds, None)
+        if self.model.warm and not self._requests.waiting:
+            self._requests.waiting.extend(warm_up(self.model, self._life.slots, now))
 
     def _on_end(self, reply: WorkerReply, now: float) -> None:
         life = self._life
@@ -352,28 +355,29 @@ class Owner:
         self._last_used_s = now
         if ticket.request.keep_alive_s is not None:
             life.keep_alive_s = ticket.request.keep_alive_s
-        if reply.HasField("done"):
-            self._crashes = 0
+        if reply.HasField("done") and not ticket.internal:
+            self._failures.succeeded()
+            speed = admission.decode_speed(reply.done)
+            self._judge_speed(speed and speed * (1 + len(self._requests.running)))
         self._measure(now)
 
     def _on_exited(self, how: Exit, now: float) -> None:
-        life, self._life = self._life, _Life(serial=self._life.serial)
+        ended, self._life = self._life, Life(serial=self._life.serial)
         self._broker.release(self.model)
-        if self._state is State.STOPPING and not life.verdict:
+        # What was read of the files is read again, which costs nothing while they are the same: threads may differ.
+        self._claim.forget(self.model)
+        if self._state is State.STOPPING and not ended.verdict:
             self.ledger.current.unloads += 1
             self._move(State.UNLOADED)
             _resolve(self._unloads, None)
         else:
-            self._crashed(life.verdict or _why(life.failure, how), now)
+            self._crashed(ended.verdict or life.why(ended.failure, how), how.lines, now)
 
-    def _crashed(self, reason: str, now: float) -> None:
-        self._crashes += 1
+    def _crashed(self, reason: str, lines: Sequence[str], now: float) -> None:
         self.ledger.current.crashes += 1
-        wait = admission.backoff_s(self._crashes, self._settings.backoff)
-        self._backoff_until_s = now + wait
-        degraded = self._crashes >= self._settings.backoff.degraded_after
-        self._reason = f"{reason} ({self._crashes} times in a row)" if degraded else reason
-        log.warning("worker failed", model=str(self.model.key), reason=reason, crashes=self._crashes, wait_s=wait)
+        self._reason = self._failures.add(reason, lines, now)
+        log.warning("worker failed", model=str(self.model.key), reason=reason, crashes=self._failures.count,
+                    wait_s=self._failures.until_s - now)  # fmt: skip
         self._move(State.BACKING_OFF)
         self._requests.fail_running("worker_failed", f"the model failed while it answered: {reason}", now)
         refusal = self._backing_off(now)
@@ -389,7 +393,9 @@ class Owner:
             what = refusals.waited_too_long(self.model.key, now - ticket.submitted_s)
             self._requests.refuse(ticket, self._late(what, now))
         self._tell_worker(self._requests.expire_running(now))
-        if self._state is State.BACKING_OFF and now >= self._backoff_until_s:
+        # Of those who asked for a load, some may have gone.
+        self._holds = [hold for hold in self._holds if not hold.done()]
+        if self._state is State.BACKING_OFF and now >= self._failures.until_s:
             self._move(State.UNLOADED)
         match self._state:
             case State.UNLOADED:
@@ -400,37 +406,39 @@ class Owner:
                 self._serve(now)
             case _:
                 pass
+        self._places.look(self)
 
     def _is_wanted(self, now: float) -> bool:
         warm = self.model.warm and not self._closing and now >= self._ask_again_s
         return bool(self._requests.waiting or self._holds) or warm
 
     def _ask(self, now: float) -> None:
-        if not self._is_wanted(now):
-            if self._asked and self._prepared is not None:
-                self._asked = False
-                self._broker.unwant(self.model)
-        elif not self._asked:
-            self._asked = True
-            if self._prepared is None:
-                self._effects.create_task(self._prepare(self.model), name=f"prepare {self.model.key}")
-            else:
-                self._broker.want(self.model, self._prepared)
+        if self._is_wanted(now):
+            self._claim.ask(self.model)
+        else:
+            self._claim.drop(self.model)
+
+    def _read(self, model: LoadableModel) -> None:
+        self._effects.create_task(self._prepare(model), name=f"prepare {model.key}")
 
     async def _prepare(self, model: LoadableModel) -> None:
         try:
-            prepared = await self._launcher.prepare(model)
+            async with asyncio.timeout(self._settings.load_timeout_s):
+                prepared = await self._launcher.prepare(model)
         except NotAModel as error:
             self.post(on.Prepare(model, None, str(error)))
+        except OSError as error:
+            self.post(on.Prepare(model, None, f"its files can't be read: {error.strerror or 'it took too long'}"))
         else:
             self.post(on.Prepare(model, prepared))
 
     def _start(self, now: float) -> None:
-        self._asked = False
-        if self._prepared is None or not self._is_wanted(now):
-            self._broker.release(self.model)
+        prepared = self._claim.prepared
+        if prepared is None or not self._is_wanted(now):
+            self._broker.unwant(self.model)
             return
-        self._life = _Life(serial=self._life.serial + 1, started_s=now, load=self._prepared.load)
+        self._broker.taken(self.model)
+        self._life = Life(serial=self._life.serial + 1, started_s=now, load=prepared.load)
         self._move(State.LOADING)
         self._effects.create_task(self._spawn(self.model, self._life.serial), name=f"spawn {self.model.key}")
 
@@ -449,18 +457,22 @@ class Owner:
         # Written as _arm writes it: a rounding error would make the timer fire for ever.
         if now >= self._life.started_s + limit:
             self._kill(f"it was not loaded after {limit:.0f} s")
+        elif excess := self._over_limit(now):
+            self._kill(excess)
         elif (self._closing or self._life.leave) and not self.references and not self._holds:
             self._stop()
 
     def _serve(self, now: float) -> None:
-        life, requests = self._life, self._requests
-        if not life.leave:
-            self._tell_worker(requests.start(life.slots, now))
+        requests = self._requests
+        while self.turn is not None and self._places.may_start(self):
+            self._tell_worker([requests.start(now)])
         limit = admission.hang_limit_s(
             self.ledger.prefill_tokens_per_s, self._settings.prefill_chunk, self._settings.hang_floor_s
         )
         if requests.stuck(now, limit):
             self._kill(f"it hung: no progress for {limit:.0f} s")
+        elif excess := self._over_limit(now):
+            self._kill(excess)
         elif not requests.running and (why := self._why_leave(now)):
             log.info("unloading", model=str(self.model.key), reason=why)
             self._stop()
@@ -483,8 +495,35 @@ class Owner:
             return None
         for seconds in (self._life.keep_alive_s, self.model.keep_alive_s, self._settings.keep_alive_s):
             if seconds is not None:
-                return seconds if seconds >= 0 else None
+                cap = self._tuning().keep_alive_cap_s
+                return None if seconds < 0 else seconds if cap is None else min(seconds, cap)
         return None
+
+    def _over_limit(self, now: float) -> str:
+        """Why a worker that no cgroup holds must go: agentd is its watchdog. Looked at once a second while it works."""
+        worker = self._life.worker
+        if worker is None or not worker.is_watched or now - self._life.memory[0] < _WATCH_S:
+            return ""
+        self._life.memory = (now, self._launcher.memory_bytes(worker))
+        excess = life.over_limit(self._life.memory[1], worker.limit_bytes)
+        self.ledger.current.over_limit += bool(excess)
+        return excess
+
+    def _judge_speed(self, tokens_per_s: float | None) -> None:
+        """Notice a model that is far slower than it was on this device."""
+        if tokens_per_s is None:
+            return
+        usual = self.ledger.decode_tokens_per_s
+        slow = usual is not None and tokens_per_s < usual * life.SLOW_SHARE
+        why = life.thrash(tokens_per_s, usual, self._launcher.stalled_fraction(self._life.worker)) if slow else ""
+        if not slow:
+            self.ledger.decoded(tokens_per_s)
+        if why and not self._life.thrashing:
+            self.ledger.current.thrashes += 1
+            log.warning("a model thrashes", model=str(self.model.key), reason=why)
+        if bool(why) != bool(self._life.thrashing):
+            self._life.thrashing = why
+            self._notify(self.status())
 
     def _load_limit_s(self) -> float:
         settings = self._settings
@@ -516,12 +555,14 @@ class Owner:
         moments = list(self._requests.deadlines())
         match self._state:
             case State.BACKING_OFF:
-                moments.append(self._backoff_until_s)
-            case State.UNLOADED if self.model.warm and not self._asked:
+                moments.append(self._failures.until_s)
+            case State.UNLOADED if self.model.warm and not self._claim.open:
                 moments.append(self._ask_again_s)
             case State.LOADING:
                 moments.append(self._life.started_s + self._load_limit_s())
-            case State.READY if self._requests.running:
+                if self._life.worker is not None and self._life.worker.is_watched:
+                    moments.append(now + _WATCH_S)
+            case State.READY if self.references:
                 moments.append(now + _WATCH_S)
             case State.READY:
                 idle = self._idle_limit_s()
@@ -549,7 +590,7 @@ class Owner:
             self._broker.correct(self.model, self._life.memory[1], self._load_seconds or 0.0)
 
     def _backing_off(self, now: float) -> Refused:
-        return refusals.backing_off(self.model.key, self._reason, self._backoff_until_s - now)
+        return refusals.backing_off(self.model.key, self._reason, self._failures.until_s - now)
 
     def _late(self, what: str, now: float) -> Refused:
         """For a request that can't have its turn: 429 while the model serves, 503 while it does not."""
@@ -558,7 +599,7 @@ class Owner:
             return refusals.busy(what, len(self._requests.waiting), self._life.slots, self.ledger.service_s, oldest)
         expected = self._load_seconds or max(1.0, self.model.size_bytes * self._settings.load_seconds_per_byte)
         since = now - self._life.started_s if self._state is State.LOADING else None
-        return refusals.loading(what, since, expected)
+        return refusals.loading(what, since, expected, ending=self._state is State.STOPPING)
 
 
 def _now() -> float:
@@ -573,15 +614,6 @@ def _resolve(answers: list[asyncio.Future[None]], error: Exception | None) -> No
     answers.clear()
 
 
-def _why(failure: str, how: Exit) -> str:
-    """One sentence about an end that nobody asked for: what the worker said, else its status and last lines."""
-    errors = [_LOG_PREFIX.sub("", line) for line in how.lines if _LOG_PREFIX.match(line)]
-    said = errors[0] if errors else "; ".join(how.lines[-3:])
-    if failure:
-        return f"{failure}: {said}" if errors else failure
-    return f"the worker {how}: {said}" if said else f"the worker {how}"
-
-
-def _files(model: LoadableModel) -> tuple[Path, str, int]:
+def _files(model: LoadableModel) -> tuple[Path, str, int, RuntimeOptions]:
     """What of a model needs a new worker when it changes."""
-    return model.entry, model.format, model.context_tokens
+    return model.entry, model.format, model.context_tokens, model.runtime

@@ -7,12 +7,15 @@ next safe step: a model that needs room is loaded in a later plan, when those th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from agentd.models.types import ModelKey, ModelState
 from slmfleet.units import format_size
 
+# A wish that waited so long may ask busy models to make room once their running requests are through. Below the usual
+# time that a request waits for its turn, so that who waits is served rather than refused.
+STARVED_S = 20.0
 # Points of priority that a waiting request gains per second, so that no priority starves another for ever.
 AGEING_PER_SECOND = 1.0
 
@@ -57,6 +60,8 @@ class Budget:
     available_bytes: int
     max_memory_bytes: int = 0
     max_loaded_models: int = 0
+    # What the rest of the device lacks right now.
+    short_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,14 @@ class Load:
 @dataclass(frozen=True, slots=True)
 class Evict:
     """Ask an idle model to go. Its owner declines when a request came in meanwhile."""
+
+    key: ModelKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Yield:
+    """Ask a busy model to finish what runs and go: others starve."""
 
     key: ModelKey
     reason: str
@@ -92,7 +105,7 @@ class Refuse:
     reason: str
 
 
-Action = Load | Evict | Queue | Refuse
+Action = Load | Evict | Yield | Queue | Refuse
 
 
 def plan(holdings: Sequence[Holding], wishes: Sequence[Wish], budget: Budget, now_s: float) -> tuple[Action, ...]:
@@ -100,10 +113,12 @@ def plan(holdings: Sequence[Holding], wishes: Sequence[Wish], budget: Budget, no
 
     A busy, loading or pinned model is never evicted; granted memory never exceeds the budget. The order of the
     inputs does not matter. Wishes behind one that waits for room wait too, so that small models can't starve a
-    large one.
+    large one. Without any wish, idle models go while more is taken than the budget has.
     """
     held = {holding.key for holding in holdings}
-    actions: list[Action] = []
+    actions: list[Action] = [*_relieve(holdings, budget, now_s)]
+    leaving = {action.key for action in actions}
+    holdings = [replace(h, state=ModelState.STOPPING) if h.key in leaving else h for h in holdings]
     room = _Room.of(holdings, budget)
     blocked: Wish | None = None
     for wish in sorted((w for w in wishes if w.key not in held), key=lambda w: _rank(w, now_s)):
@@ -127,6 +142,30 @@ def keep_value(holding: Holding, now_s: float) -> float:
     """
     idle_s = max(0.0, now_s - holding.last_used_s)
     return (holding.priority + 1) * max(holding.load_seconds, 0.01) / ((1.0 + idle_s) * max(holding.memory_bytes, 1))
+
+
+def _relieve(holdings: Sequence[Holding], budget: Budget, now_s: float) -> Iterator[Evict]:
+    """Idle models that go because workers grew, the limit fell, or the rest of the device is short of memory."""
+    over = sum(h.memory_bytes for h in holdings) - budget.max_memory_bytes if budget.max_memory_bytes else 0
+    too_many = len(holdings) - budget.max_loaded_models if budget.max_loaded_models else 0
+    for holding in holdings:
+        if holding.state is ModelState.STOPPING:
+            over, too_many = over - holding.memory_bytes, too_many - 1
+    short = budget.short_bytes - sum(h.memory_bytes for h in holdings if h.state is ModelState.STOPPING)
+    for holding in sorted(_idle(holdings), key=lambda h: (keep_value(h, now_s), h.key)):
+        if over > 0:
+            yield Evict(holding.key, f"the models take {format_size(over)} more than they may")
+        elif short > 0:
+            yield Evict(holding.key, f"the device is short of {format_size(short)} of memory")
+        elif too_many > 0:
+            yield Evict(holding.key, f"{len(holdings)} models are loaded, {budget.max_loaded_models} may be")
+        else:
+            return
+        over, short, too_many = over - holding.memory_bytes, short - holding.memory_bytes, too_many - 1
+
+
+def _idle(holdings: Sequence[Holding]) -> list[Holding]:
+    return [h for h in holdings if h.state is ModelState.READY and not h.references and not h.pinned]
 
 
 def _rank(wish: Wish, now_s: float) -> tuple[float, float, ModelKey]:
@@ -193,22 +232,45 @@ def _never_fits(wish: Wish, holdings: Sequence[Holding], budget: Budget) -> str:
 
 
 def _make_room(wish: Wish, holdings: Sequence[Holding], room: _Room, now_s: float) -> list[Action]:
-    idle = [h for h in holdings if h.state is ModelState.READY and not h.references and not h.pinned]
-    idle.sort(key=lambda h: (keep_value(h, now_s), h.key))
+    victims = _choose(wish, _idle(holdings), room, now_s)
+    if victims is None:
+        # Evicting the idle ones alone would not do: leave them until the busy ones are through.
+        victims = _choose(wish, _outranked(wish, holdings, now_s), room, now_s)
+    if victims is None:
+        busy = ", ".join(sorted(str(h.key) for h in holdings if h.references or h.state is ModelState.LOADING))
+        return [Queue(wish.key, f"waits for memory that is in use by {busy or 'others'}")]
+    leaving = sorted(str(h.key) for h in holdings if h.state is ModelState.STOPPING or h in victims)
+    actions: list[Action] = [
+        Yield(h.key, f"{wish.key} has waited long") if h.references else Evict(h.key, f"makes room for {wish.key}")
+        for h in victims
+    ]
+    return [*actions, Queue(wish.key, f"waits for {', '.join(leaving)} to unload")]
+
+
+def _outranked(wish: Wish, holdings: Sequence[Holding], now_s: float) -> list[Holding]:
+    """Ready models, idle or busy, over which a wish that starves goes, even if they ask to come back at once."""
+    waited_s = now_s - wish.asked_at_s
+    if waited_s < STARVED_S:
+        return []
+    claim = wish.priority + AGEING_PER_SECOND * (waited_s - STARVED_S)
+    return [
+        h for h in holdings
+        if h.state is ModelState.READY and not h.pinned and (not h.references or claim >= h.priority)
+    ]  # fmt: skip
+
+
+def _choose(wish: Wish, holdings: Sequence[Holding], room: _Room, now_s: float) -> list[Holding] | None:
+    """The holdings that are worth least and whose end makes room, idle ones first; None if all together do not."""
     victims: list[Holding] = []
-    for holding in idle:
+    for holding in sorted(holdings, key=lambda h: (h.references > 0, keep_value(h, now_s), h.key)):
         if not room.lacks(wish.memory_bytes, victims):
             break
         victims.append(holding)
     if room.lacks(wish.memory_bytes, victims):
-        # Evicting the idle ones alone would not do: leave them until the busy ones are through.
-        busy = ", ".join(sorted(str(h.key) for h in holdings if h.references or h.state is ModelState.LOADING))
-        return [Queue(wish.key, f"waits for memory that is in use by {busy or 'others'}")]
-    # A victim that turns out not to be needed, once the others are gone, stays.
-    for holding in sorted(victims, key=lambda h: -keep_value(h, now_s)):
+        return None
+    # A victim that turns out not to be needed, once the others are gone, stays: busy ones above all.
+    for holding in sorted(victims, key=lambda h: (h.references == 0, -keep_value(h, now_s), h.key)):
         rest = [h for h in victims if h is not holding]
         if not room.lacks(wish.memory_bytes, rest):
             victims = rest
-    leaving = sorted(str(h.key) for h in holdings if h.state is ModelState.STOPPING or h in victims)
-    evictions = [Evict(h.key, f"makes room for {wish.key}") for h in victims]
-    return [*evictions, Queue(wish.key, f"waits for {', '.join(leaving)} to unload")]
+    return victims

@@ -33,6 +33,8 @@ _CLOSE_GRACE_S = 1.0
 # Enters each cgroup named before "--", then becomes the worker. Written by the child itself, so before its exec.
 _ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 97; shift; done; shift; exec "$@"'
 CGROUP_FAILED = 97
+# Of -1000 to 1000: workers are what the kernel takes first.
+_OOM_SCORE = "500"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,16 @@ class Worker(Protocol):
     @property
     def pid(self) -> int: ...
 
+    @property
+    def limit_bytes(self) -> int:
+        """Memory that it may take; 0 = no limit."""
+        ...
+
+    @property
+    def is_watched(self) -> bool:
+        """True if its owner has to see to the limit, since no cgroup does."""
+        ...
+
     def send(self, message: Serializable) -> None:
         """Queue a WorkerRequest."""
         ...
@@ -81,6 +93,8 @@ class Launch:
     environment: Mapping[str, str]
     # The cgroup that the child enters; removed when it has ended.
     group: Group | None = None
+    # Memory that it may take: what ``group`` enforces, or else its owner. 0 = no limit.
+    limit_bytes: int = 0
     python: str = sys.executable
 
 
@@ -129,6 +143,9 @@ class WorkerProcess:
             # A Ctrl-C at the terminal is for agentd, which ends its workers in order.
             start_new_session=True,
         )
+        with contextlib.suppress(OSError):
+            # When the device is out of memory, a model goes before agentd or anything that people use does.
+            Path(f"/proc/{process.pid}/oom_score_adj").write_text(_OOM_SCORE)
         (launch.folder / "pid").write_text(f"{process.pid} {start_time(process.pid)}\n")
         return process
 
@@ -144,6 +161,19 @@ class WorkerProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def limit_bytes(self) -> int:
+        return self._launch.limit_bytes
+
+    @property
+    def is_watched(self) -> bool:
+        return self._launch.group is None and bool(self._launch.limit_bytes)
+
+    @property
+    def group(self) -> Group | None:
+        """Its cgroup."""
+        return self._launch.group
 
     def send(self, message: Serializable) -> None:
         self._frames.send(message)

@@ -25,6 +25,16 @@ def removed(key: ModelKey) -> Refused:
     return Refused(404, "model_not_found", f"{key} is being removed from this node")
 
 
+def restarting(key: ModelKey) -> Refused:
+    """Its owner failed: a bug, which costs this model a moment."""
+    return Refused(503, "model_restarting", f"{key} is being restarted after an internal error", 2.0)
+
+
+def too_slow(key: ModelKey, what: str, timeout_s: float) -> Refused:
+    """``what``: "loaded" or "unloaded"."""
+    return Refused(503, "timeout", f"{key} was not {what} within {timeout_s:g} s; see its status for why", 10.0)
+
+
 def shutting_down() -> Refused:
     """The daemon ends."""
     return Refused(503, "shutting_down", "the node is shutting down; ask again later", 10.0)
@@ -46,8 +56,13 @@ def busy(what: str, waiting: int, slots: int, service_s: float | None, oldest_s:
     return Refused(429, "queue_full", f"{what}; ask again in {wait:.0f} s", wait)
 
 
-def loading(what: str, loading_for_s: float | None, expected_s: float) -> Refused:
-    """The model is not ready; ``loading_for_s`` None: it waits for memory."""
-    doing = "it waits for memory" if loading_for_s is None else f"it has been loading for {loading_for_s:.0f} s"
+def loading(what: str, loading_for_s: float | None, expected_s: float, ending: bool = False) -> Refused:
+    """The model is not ready; ``loading_for_s`` None: it waits for memory, or for its last worker to be gone."""
+    if ending:
+        doing = "its last worker is being ended"
+    elif loading_for_s is None:
+        doing = "it waits for memory"
+    else:
+        doing = f"it has been loading for {loading_for_s:.0f} s"
     wait = max(1.0, expected_s - (loading_for_s or 0.0))
     return Refused(503, "model_loading", f"{what}: {doing}", wait)

@@ -31,17 +31,16 @@ class Requests:
         """How many need the model."""
         return len(self.waiting) + len(self.running)
 
-    def start(self, slots: int, now_s: float) -> Iterator[WorkerRequest]:
-        """Move the best waiting requests into free slots; what to tell the worker."""
-        while self.waiting and len(self.running) < slots:
-            ticket = self.waiting.pop(admission.next_index(self.waiting, now_s))
-            self._last_id += 1
-            ticket.id = ticket.message.request_id = self._last_id
-            ticket.sent_s = ticket.progress_s = now_s
-            self.running[ticket.id] = ticket
-            yield ticket.message
+    def start(self, now_s: float) -> WorkerRequest:
+        """Move the best waiting request into a slot; what to tell the worker."""
+        ticket = self.waiting.pop(admission.next_index(self.waiting))
+        self._last_id += 1
+        ticket.id = ticket.message.request_id = self._last_id
+        ticket.sent_s = ticket.progress_s = now_s
+        self.running[ticket.id] = ticket
+        return ticket.message
 
-    def abandon(self, ticket: Ticket) -> Iterator[WorkerRequest]:
+    def abandon(self, ticket: Ticket, now_s: float) -> Iterator[WorkerRequest]:
         """The caller left; what to tell the worker."""
         if ticket.finished:
             return
@@ -50,14 +49,14 @@ class Requests:
         if ticket in self.waiting:
             self.waiting.remove(ticket)
         elif ticket.id in self.running:
-            yield _cancel(ticket)
+            yield _cancel(ticket, now_s)
 
     def expire_running(self, now_s: float) -> Iterator[WorkerRequest]:
         """Fail the requests whose whole time is over; what to tell the worker."""
         for ticket in self.running.values():
             if now_s >= ticket.total_deadline_s and not ticket.finished:
                 self.fail(ticket, "timeout", f"the answer was not complete after {ticket.request.timeout_s:g} s", now_s)
-                yield _cancel(ticket)
+                yield _cancel(ticket, now_s)
 
     def take_expired(self, now_s: float) -> list[Ticket]:
         """Take out the requests that waited too long."""
@@ -80,9 +79,18 @@ class Requests:
         """What the worker says of the requests' progress."""
         for progress in heartbeat.progress:
             ticket = self.running.get(progress.request_id)
-            if ticket is not None and progress.tokens > ticket.progress_tokens:
+            if ticket is not None and not ticket.finished and progress.tokens > ticket.progress_tokens:
                 ticket.progress_tokens = progress.tokens
                 ticket.progress_s = now_s
+
+    def speed(self, now_s: float) -> float | None:
+        """Tokens per second of all answers that are being written, together; None if it is too early to say."""
+        writing = [t for t in self.running.values() if t.first_token_s is not None and not t.finished]
+        if not writing:
+            return None
+        speeds = [admission.speed_so_far(t.output_tokens, now_s - (t.first_token_s or now_s)) for t in writing]
+        known = [speed for speed in speeds if speed is not None]
+        return sum(known) if len(known) == len(speeds) else None
 
     def end(self, reply: WorkerReply, now_s: float, load_started_s: float, ready_s: float) -> Ticket | None:
         """Done or Failed; the ticket, unless it was heard of before."""
@@ -93,7 +101,8 @@ class Requests:
         if reply.WhichOneof("message") == "done":
             self._ledger.done(ticket, reply.done, now_s, load_started_s, ready_s)
         elif failed.status:
-            self.refuse(ticket, Refused(failed.status, failed.code, failed.message))
+            wait = failed.retry_after_seconds or None
+            self.refuse(ticket, Refused(failed.status, failed.code, failed.message, wait))
         else:
             self.fail(ticket, failed.code or "generation_failed", failed.message, now_s)
         return ticket
@@ -106,13 +115,15 @@ class Requests:
 
     def fail(self, ticket: Ticket, code: str, message: str, now_s: float) -> None:
         """End a request that had begun."""
-        self._ledger.failed(ticket, now_s)
+        if not ticket.internal:
+            self._ledger.failed(ticket, now_s)
         ticket.fail(GenerationFailed(code, message))
 
     def refuse(self, ticket: Ticket, refusal: Refused) -> None:
         """End a request of which nothing ran."""
         if not ticket.finished:
-            self._ledger.refused(refusal.code)
+            if not ticket.internal:
+                self._ledger.refused(refusal.code)
             ticket.fail(refusal)
 
     def stuck(self, now_s: float, limit_s: float) -> bool:
@@ -128,7 +139,9 @@ class Requests:
                 yield ticket.total_deadline_s
 
 
-def _cancel(ticket: Ticket) -> WorkerRequest:
+def _cancel(ticket: Ticket, now_s: float) -> WorkerRequest:
+    # From here on only its end counts as progress: a worker that is deaf to this hangs.
+    ticket.progress_s = now_s
     return WorkerRequest(request_id=ticket.id, cancel=WorkerRequest.Cancel())
 
 

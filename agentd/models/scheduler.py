@@ -13,13 +13,16 @@ from dataclasses import dataclass
 
 from agentd.models import events as on
 from agentd.models.launcher import Prepared
+from agentd.models.measured import Measurement
 from agentd.models.owner import Owner
-from agentd.models.planner import Action, Budget, Evict, Holding, Load, Queue, Refuse, Wish, plan
+from agentd.models.planner import Action, Budget, Evict, Holding, Load, Queue, Refuse, Wish, Yield, plan
 from agentd.models.types import LoadableModel, ModelKey, ModelState
 from slmfleet import logs
 
 log = logs.get(__name__)
 _LOOK_AGAIN_S = 2.0
+# While something is loaded and nobody waits: other programs may need the memory.
+_LOOK_AT_MEMORY_S = 5.0
 
 
 @dataclass(slots=True)
@@ -27,19 +30,28 @@ class _Grant:
     memory_bytes: int
     mapped_bytes: int
     load_seconds: float
+    # False until the owner has begun the load: such a grant goes with its wish.
+    taken: bool = False
 
 
 class Scheduler:
-    """The Broker of all owners."""
+    """The Broker of all owners. ``measured`` is what models took when they were loaded last, here or in an earlier
+    life of agentd: better than any estimate."""
 
-    def __init__(self, owners: Mapping[ModelKey, Owner], budget: Callable[[], Budget]) -> None:
+    def __init__(
+        self,
+        owners: Mapping[ModelKey, Owner],
+        budget: Callable[[], Budget],
+        measured: Mapping[ModelKey, Measurement] | None = None,
+    ) -> None:
         self._owners = owners
         self._budget = budget
         self._wishes: dict[ModelKey, Wish] = {}
+        # The number that the owner gave its newest wish.
+        self._numbers: dict[ModelKey, int] = {}
         self._prepared: dict[ModelKey, Prepared] = {}
         self._grants: dict[ModelKey, _Grant] = {}
-        # What models took when they were loaded last: better than any estimate.
-        self._measured: dict[ModelKey, tuple[int, int, float]] = {}
+        self._measured: dict[ModelKey, Measurement] = dict(measured or {})
         self._asked_to_go: set[ModelKey] = set()
         self._waiting_reasons: dict[ModelKey, str] = {}
         self._wake = asyncio.Event()
@@ -47,63 +59,93 @@ class Scheduler:
 
     # The Broker.
 
-    def want(self, model: LoadableModel, prepared: Prepared) -> None:
-        if model.key in self._wishes:
-            return
-        context, measured, _ = self._measured.get(model.key, (0, 0, 0.0))
-        fresh = prepared.context_tokens != context or not measured
-        memory = prepared.estimate.total if fresh else measured
+    def want(self, model: LoadableModel, prepared: Prepared, wish: int) -> None:
+        measured = self._measured.get(model.key)
+        known = measured is not None and measured.shape == prepared.shape
         self._prepared[model.key] = prepared
+        self._numbers[model.key] = wish
         self._wishes[model.key] = Wish(
             key=model.key,
-            memory_bytes=memory,
+            memory_bytes=measured.memory_bytes if measured and known else prepared.estimate.total,
             asked_at_s=asyncio.get_running_loop().time(),
             priority=model.priority,
-            explanation=str(prepared.estimate) if fresh else "as measured at its last load",
+            explanation="as measured at its last load" if known else str(prepared.estimate),
         )
         self._wake.set()
 
     def unwant(self, model: LoadableModel) -> None:
         self._wishes.pop(model.key, None)
         self._waiting_reasons.pop(model.key, None)
+        grant = self._grants.get(model.key)
+        if grant is not None and not grant.taken:
+            del self._grants[model.key]
         self._wake.set()
+
+    def taken(self, model: LoadableModel) -> None:
+        self._grants[model.key].taken = True
 
     def correct(self, model: LoadableModel, memory_bytes: int, load_seconds: float) -> None:
         grant, prepared = self._grants.get(model.key), self._prepared.get(model.key)
         if grant is None or prepared is None or not memory_bytes:
             return
-        _, before, _ = self._measured.get(model.key, (0, 0, 0.0))
-        peak = max(before, memory_bytes)
-        self._measured[model.key] = (prepared.context_tokens, peak, load_seconds)
-        grant.memory_bytes, grant.load_seconds = max(grant.memory_bytes, peak), load_seconds
+        before = self._measured.get(model.key)
+        peak = max(memory_bytes, before.memory_bytes if before and before.shape == prepared.shape else 0)
+        self._measured[model.key] = Measurement(prepared.shape, peak, load_seconds)
+        if peak > grant.memory_bytes:
+            grant.memory_bytes = peak
+            self._wake.set()
+        grant.load_seconds = load_seconds
 
     def release(self, model: LoadableModel) -> None:
         self._grants.pop(model.key, None)
         self._asked_to_go.discard(model.key)
         self._wake.set()
 
-    def changed(self) -> None:
-        self._asked_to_go.clear()
+    def declined(self, model: LoadableModel) -> None:
+        self._asked_to_go.discard(model.key)
         self._wake.set()
+
+    def changed(self) -> None:
+        self._wake.set()
+
+    def forget(self, key: ModelKey) -> None:
+        """Its owner is gone, and with it its worker: nothing may be left in the books."""
+        for book in (self._wishes, self._numbers, self._prepared, self._grants, self._waiting_reasons):
+            book.pop(key, None)
+        self._asked_to_go.discard(key)
+        self._wake.set()
+
+    @property
+    def measured(self) -> Mapping[ModelKey, Measurement]:
+        """What every model took that was loaded, in this life or an earlier one."""
+        return self._measured
 
     # The loop.
 
     async def run(self) -> None:
         """Plan and apply after each change, until cancelled."""
         while True:
-            timeout = _LOOK_AGAIN_S if self._wishes else None
+            timeout = _LOOK_AGAIN_S if self._wishes else _LOOK_AT_MEMORY_S if self._grants else None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
                     await self._wake.wait()
             self._wake.clear()
-            if self._wishes:
-                now = asyncio.get_running_loop().time()
-                for action in plan(self._holdings(), tuple(self._wishes.values()), self._budget(), now):
-                    self._apply(action)
+            if self._wishes or self._grants:
+                self._plan(asyncio.get_running_loop().time())
             for answer in self._probes:
                 if not answer.done():
                     answer.set_result(None)
             self._probes.clear()
+
+    def _plan(self, now: float) -> None:
+        try:
+            budget = self._budget()
+        except OSError:
+            # Out of file descriptors, say. Owners and requests go on; the timer tries again.
+            log.error("cannot read how much memory there is", exc_info=True)
+            return
+        for action in plan(self._holdings(), tuple(self._wishes.values()), budget, now):
+            self._apply(action)
 
     def probe(self) -> asyncio.Future[None]:
         """Done when the loop has gone round once more."""
@@ -141,21 +183,25 @@ class Scheduler:
 
     def _apply(self, action: Action) -> None:
         owner = self._owners.get(action.key)
-        if owner is None:
+        if owner is None or owner.ended:
             self._wishes.pop(action.key, None)
             return
         match action:
             case Load(key, memory_bytes, reason):
                 del self._wishes[key]
                 self._waiting_reasons.pop(key, None)
-                _, _, load_seconds = self._measured.get(key, (0, 0, 1.0))
+                load_seconds = self._measured[key].load_seconds if key in self._measured else 1.0
                 self._grants[key] = _Grant(memory_bytes, self._prepared[key].mapped_bytes, load_seconds)
                 log.info("plan: load", model=str(key), reason=reason)
-                owner.post(on.Granted())
+                owner.post(on.Granted(self._numbers[key]))
             case Evict(key, reason):
                 self._asked_to_go.add(key)
                 log.info("plan: evict", model=str(key), reason=reason)
                 owner.post(on.Evict(reason))
+            case Yield(key, reason):
+                self._asked_to_go.add(key)
+                log.info("plan: yield", model=str(key), reason=reason)
+                owner.post(on.Yield(reason))
             case Queue(key, reason):
                 if self._waiting_reasons.get(key) != reason:
                     self._waiting_reasons[key] = reason
@@ -164,4 +210,4 @@ class Scheduler:
                 del self._wishes[key]
                 self._waiting_reasons.pop(key, None)
                 log.warning("plan: refuse", model=str(key), reason=reason)
-                owner.post(on.Denied(reason))
+                owner.post(on.Denied(self._numbers[key], reason))

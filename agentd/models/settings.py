@@ -31,6 +31,8 @@ class HostSettings:
     max_memory_bytes: int = 0
     # Workers at once; 0 = no limit but memory.
     max_loaded_models: int = 0
+    # Requests that run at once in all workers together; 0 = no limit.
+    max_concurrent: int = 0
     # Left to the rest of the device when the kernel is asked what is available.
     reserve_bytes: int = 128 * 2**20
     # Context of models that name none; never more than a model was trained for.
@@ -61,8 +63,12 @@ class HostSettings:
     stop_grace_s: float = 2.0
     # Folder for what workers need while they live (mode 0700, emptied at start); None = a fresh temporary one.
     run_dir: Path | None = None
-    # Give each worker a cgroup, where the kernel lets us; its limit is the estimate times this. 0 = no cgroups.
+    # A worker may take what was estimated (or measured) times the factor, plus the slack: enforced by a cgroup where
+    # one is writable, else watched. 0 = no limits at all.
     memory_limit_factor: float = 0.0
+    memory_limit_slack_bytes: int = 0
+    # Don't look for cgroups: watch.
+    watch_only: bool = False
     # Limits in that cgroup: processors, and processes with threads; 0 = none.
     worker_cpus: float = 0.0
     worker_pids: int = 0
@@ -73,3 +79,25 @@ class HostSettings:
 
     def threads_per_worker(self) -> int:
         return self.threads or default_threads()
+
+    def max_threads(self) -> int:
+        """As many as there are processors: more only wait for each other."""
+        return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Bounds that may change while the host runs: from the control plane and from the power profile. They only ever
+    tighten the settings; 0 and None = no bound. ``threads`` and ``slots`` count from a model's next load on."""
+
+    max_memory_bytes: int = 0
+    max_loaded_models: int = 0
+    max_concurrent: int = 0
+    keep_alive_cap_s: float | None = None
+    threads: int = 0
+    slots: int = 0
+
+
+def tightest(*bounds: int) -> int:
+    """The smallest bound, where 0 means none."""
+    return min((bound for bound in bounds if bound), default=0)

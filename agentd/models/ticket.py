@@ -16,14 +16,19 @@ class Ticket:
     """
 
     __slots__ = (
-        "_error", "_finished", "_items", "_reader", "first_token_s", "id", "message", "priority", "progress_s",
-        "progress_tokens", "queue_deadline_s", "request", "sent_s", "submitted_s", "total_deadline_s",
+        "_error", "_finished", "_items", "_reader", "first_token_s", "id", "internal", "message", "output_tokens",
+        "priority", "progress_s", "progress_tokens", "queue_deadline_s", "request", "sent_s", "submitted_s",
+        "total_deadline_s",
     )  # fmt: skip
 
-    def __init__(self, request: GenerateRequest, message: worker_pb2.WorkerRequest, now_s: float) -> None:
+    def __init__(
+        self, request: GenerateRequest, message: worker_pb2.WorkerRequest, now_s: float, internal: bool = False
+    ) -> None:
         self.request = request
         # Generate or Embed, complete but for its id.
         self.message = message
+        # agentd asks for itself: nobody reads the answer, and it is not counted.
+        self.internal = internal
         self.priority = request.priority
         self.submitted_s = now_s
         self.queue_deadline_s = now_s + request.queue_timeout_s
@@ -34,6 +39,7 @@ class Ticket:
         self.first_token_s: float | None = None
         self.progress_s = now_s
         self.progress_tokens = 0
+        self.output_tokens = 0
         self._items: deque[Chunk | Done | Vectors] = deque()
         self._reader: asyncio.Future[None] | None = None
         self._error: Exception | None = None
@@ -55,6 +61,9 @@ class Ticket:
         if self.first_token_s is None:
             self.first_token_s = now_s
         self.progress_s = now_s
+        self.output_tokens += chunk.tokens
+        if self.internal:
+            return
         last = self._items[-1] if self._items else None
         if isinstance(last, Chunk) and _is_text(last) and _is_text(chunk):
             text = last.delta["content"] + chunk.delta["content"]

@@ -21,6 +21,25 @@ class ModelKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """How one model is loaded. 0, "" and None leave a thing to the node's settings, which also cap it."""
+
+    threads: int = 0
+    # Requests that one worker serves at once; each slot costs a whole context of memory.
+    slots: int = 0
+    # Longest run of prompt tokens between two looks at a cancellation.
+    batch_tokens: int = 0
+    # Layers on an accelerator; -1 = what the backend finds best.
+    gpu_layers: int | None = None
+    # Pin the weights in memory.
+    lock_memory: bool | None = None
+    # Type of the key-value cache, such as "q8_0".
+    kv_type: str = ""
+    # "distribute" or "isolate", on machines with several memory nodes.
+    numa: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadableModel:
     """A variant whose files are verified on disk. ``entry`` is the GGUF file, or the folder for onnx-genai."""
 
@@ -36,6 +55,9 @@ class LoadableModel:
     keep_alive_s: float | None = None
     # 0 to 100, greater is kept longer.
     priority: int = 50
+    runtime: RuntimeOptions = RuntimeOptions()
+    # Instructions that are read into the prefix cache as soon as a warm model is loaded.
+    warm_prompts: tuple[str, ...] = ()
 
 
 class ModelState(StrEnum):
@@ -65,12 +87,19 @@ class ModelStatus:
     loaded_at_s: float | None
     load_seconds: float | None
     crashes: int
+    # True once it crashed so often in a row that somebody should look; ``log_lines``: the last words of its worker.
+    degraded: bool = False
+    log_lines: tuple[str, ...] = ()
+    # Why it is far slower than it was ("" when it is not), and what its worker may take (0: no limit).
+    thrashing: str = ""
+    limit_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One generation. ``body`` is an OpenAI chat-completions request, already validated and completed by the caller:
     ``messages`` with the agent's instructions first, ``max_tokens``, sampling options, ``stop``, ``response_format``.
+    With ``prompt`` (text) in place of ``messages`` the model goes on from that text, without a chat template.
     """
 
     key: ModelKey
@@ -154,6 +183,18 @@ class ModelHost(Protocol):
 
         Raises Refused before anything ran, GenerationFailed after.
         """
+        ...
+
+    async def embed(self, request: GenerateRequest, inputs: Sequence[str]) -> Vectors:
+        """Vectors for the inputs; ``request.body`` is not used. Raises as ``generate`` does."""
+        ...
+
+    async def load(self, key: ModelKey) -> None:
+        """Load now; returns when the model is ready. Raises Refused."""
+        ...
+
+    async def unload(self, key: ModelKey) -> None:
+        """Unload as soon as nobody uses the model; returns when its memory is back. Raises Refused."""
         ...
 
     def set_models(self, models: Sequence[LoadableModel]) -> None:

@@ -21,15 +21,15 @@ class Waiting:
 
 
 @pytest.mark.parametrize(
-    ("queue", "now", "expected"),
+    ("queue", "expected"),
     [
-        ([(50, 1.0), (50, 2.0)], 3.0, 0),
-        ([(50, 1.0), (60, 2.0)], 3.0, 1),
-        ([(0, 0.0), (100, 101.0)], 101.0, 0),
+        ([(50, 1.0), (50, 2.0)], 0),
+        ([(50, 1.0), (60, 2.0)], 1),
+        ([(0, 0.0), (100, 101.0)], 0),
     ],
 )
-def test_next(queue, now, expected):
-    assert next_index([Waiting(*item) for item in queue], now) == expected
+def test_next(queue, expected):
+    assert next_index([Waiting(*item) for item in queue]) == expected
 
 
 @pytest.mark.parametrize(

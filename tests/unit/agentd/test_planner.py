@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentd.models.planner import Budget, Evict, Holding, Load, Queue, Refuse, Wish, keep_value, plan
+from agentd.models.planner import STARVED_S, Budget, Evict, Holding, Load, Queue, Refuse, Wish, Yield, keep_value, plan
 from agentd.models.types import ModelKey, ModelState
 
 READY, LOADING, STOPPING = ModelState.READY, ModelState.LOADING, ModelState.STOPPING
@@ -98,6 +98,53 @@ def test_does_not_evict_more_than_needed():
     assert [a.key.model for a in actions if isinstance(a, Evict)] == ["large"]
 
 
+@pytest.mark.parametrize(
+    ("waited_s", "priority", "expected"),
+    [
+        pytest.param(STARVED_S - 1, 50, [(Queue, "a")], id="not yet"),
+        pytest.param(STARVED_S, 50, [(Yield, "busy"), (Queue, "a")], id="it starves"),
+        pytest.param(STARVED_S + 9, 40, [(Queue, "a")], id="less important: it would lose to the other's return"),
+        pytest.param(STARVED_S + 10, 40, [(Yield, "busy"), (Queue, "a")], id="less important, but older"),
+    ],
+)
+def test_a_model_in_constant_use_does_not_starve_others(waited_s, priority, expected):
+    actions = plan([held("busy", 300, references=2)], [wish("a", 200, priority=priority)], budget(50), waited_s)
+    assert [(type(action), action.key.model) for action in actions] == expected
+
+
+def test_who_yields_loses_to_who_waited():
+    """Or the model that went would be loaded again at once, and the one that starves would go on starving."""
+    now = STARVED_S + 10
+    starved, back = wish("a", 200, priority=40), wish("busy", 300, asked_at_s=now, priority=50)
+    actions = plan([], [back, starved], budget(350), now)
+    assert [(type(action), action.key.model) for action in actions] == [(Load, "a"), (Queue, "busy")]
+
+
+def test_idle_models_yield_before_busy_ones():
+    holdings = [held("busy", 300, references=1), held("idle", 300)]
+    actions = plan(holdings, [wish("a", 200)], budget(10), STARVED_S + 1)
+    assert [(type(action), action.key.model) for action in actions] == [(Evict, "idle"), (Queue, "a")]
+
+
+@pytest.mark.parametrize(
+    ("holdings", "limits", "expected"),
+    [
+        pytest.param([held("a"), held("b")], budget(limit_mb=200), [], id="as much as allowed"),
+        pytest.param([held("a"), held("b", 150)], budget(limit_mb=200), ["b"], id="grew over the limit"),
+        pytest.param([held("a", references=1), held("b", 150, pinned=True)], budget(limit_mb=200), [], id="all in use"),
+        pytest.param([held("a"), held("b", 150, state=STOPPING)], budget(limit_mb=200), [], id="one is going"),
+        pytest.param([held("a"), held("b")], budget(models=1), ["b"], id="fewer are allowed now"),
+        pytest.param([held("a"), held("b")], replace(budget(), short_bytes=1), ["b"], id="others need memory"),
+        pytest.param([held("a"), held("b")], replace(budget(), short_bytes=150 * MB), ["a", "b"], id="much of it"),
+    ],
+)
+def test_idle_models_go_when_more_is_taken_than_there_is(holdings, limits, expected):
+    holdings = [replace(h, load_seconds=2.0) if h.key.model == "a" else h for h in holdings]
+    actions = plan(holdings, [], limits, 100.0)
+    assert all(isinstance(action, Evict) for action in actions)
+    assert sorted(action.key.model for action in actions) == expected
+
+
 NAMES = [key(f"m{n}") for n in range(8)]
 HOLDINGS = st.lists(
     st.builds(
@@ -142,7 +189,7 @@ def apply(action: object, holdings: list[Holding], wishes: list[Wish]) -> tuple[
     match action:
         case Load(which, size, _):
             return [*holdings, Holding(which, size, LOADING)], [w for w in wishes if w.key != which]
-        case Evict(which, _):
+        case Evict(which, _) | Yield(which, _):
             return [replace(h, state=STOPPING) if h.key == which else h for h in holdings], wishes
         case Refuse(which, _):
             return holdings, [w for w in wishes if w.key != which]
@@ -157,6 +204,8 @@ def test_every_prefix_of_a_plan_is_safe(holdings, wishes, limits):
     for action in plan(holdings, wishes, limits, 100.0):
         if isinstance(action, Evict):
             assert action.key not in protected
+        if isinstance(action, Yield):
+            assert not any(h.pinned or h.state is not READY for h in holdings if h.key == action.key)
         holdings, wishes = apply(action, holdings, wishes)
         if isinstance(action, Load):
             assert not limits.max_memory_bytes or granted(holdings) <= max(limits.max_memory_bytes, before)
@@ -186,7 +235,7 @@ def test_order_of_inputs_does_not_matter(holdings, wishes, limits, chance):
 @settings(max_examples=80, deadline=None)
 @given(HOLDINGS, WISHES, BUDGETS)
 def test_every_wish_gets_an_answer(holdings, wishes, limits):
-    answered = {a.key for a in plan(holdings, wishes, limits, 100.0) if not isinstance(a, Evict)}
+    answered = {a.key for a in plan(holdings, wishes, limits, 100.0) if not isinstance(a, Evict | Yield)}
     assert answered == {w.key for w in wishes} - {h.key for h in holdings}
 
 
