@@ -34,6 +34,21 @@ class Answer:
     total_s: float
     tokens_per_second: float | None
 
+    def facts(self) -> dict[str, Any]:
+        """What ``fleetctl ask -o json`` prints."""
+        return {
+            "answer": self.text,
+            "node": self.node,
+            "replica": self.replica,
+            "model": self.model,
+            "finishReason": self.finish_reason,
+            "promptTokens": self.prompt_tokens,
+            "outputTokens": self.output_tokens,
+            "firstTokenSeconds": round(self.first_token_s, 6),
+            "totalSeconds": round(self.total_s, 6),
+            "tokensPerSecond": self.tokens_per_second,
+        }
+
     def summary(self) -> str:
         """``edge-1 · 8 tokens · 52.1 tokens/s · first after 0.21 s``."""
         parts = [self.node or "unknown node", f"{self.output_tokens} token{'' if self.output_tokens == 1 else 's'}"]

@@ -10,6 +10,7 @@ import typer
 from fleetctl import screen, session
 from fleetctl.ask import Answer, ask
 from fleetctl.client import Client
+from fleetctl.output import Form, FormOption, is_data
 from slmfleet.errors import UsageError
 
 
@@ -20,20 +21,31 @@ def ask_command(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="At most this many tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 = always the likeliest word.")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds without a word before giving up.")] = 120.0,
+    output: FormOption = Form.TABLE,
 ) -> None:
-    """Ask an agent through the gateway and print the answer as it comes."""
+    """Ask an agent through the gateway and print the answer as it comes.
+
+    -o json: {"answer", "node", "replica", "model", "finishReason", "promptTokens", "outputTokens",
+    "firstTokenSeconds", "totalSeconds", "tokensPerSecond" or null}, when the answer is whole.
+    """
     options = {"max_tokens": max_tokens, "temperature": temperature}
     given = {key: value for key, value in options.items() if value is not None}
+    talk = not prompt and sys.stdin.isatty()
+    if talk and is_data(output):
+        raise UsageError(f"-o {output.value} is for one question: give a prompt, or text on standard input")
     with session.of(context).client() as client:
-        if prompt:
-            _one(client, agent, [{"role": "user", "content": " ".join(prompt)}], given, timeout)
-        elif sys.stdin.isatty():
+        if talk:
             _conversation(client, agent, given, timeout)
+            return
+        question = " ".join(prompt) if prompt else sys.stdin.read().strip()
+        if not question:
+            raise UsageError("nothing to ask: give a prompt, or text on standard input")
+        messages = [{"role": "user", "content": question}]
+        if is_data(output):
+            answer = ask(client, agent, messages, lambda _: None, given, timeout)
+            screen.data(output.value, answer.facts())
         else:
-            question = sys.stdin.read().strip()
-            if not question:
-                raise UsageError("nothing to ask: give a prompt, or text on standard input")
-            _one(client, agent, [{"role": "user", "content": question}], given, timeout)
+            _one(client, agent, messages, given, timeout)
 
 
 def _one(

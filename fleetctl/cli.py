@@ -11,6 +11,7 @@ from typer.exceptions import Abort, Exit, TyperException
 
 from fleetctl import asking, reading, screen, session, tokens, writing
 from fleetctl.errors import FAILED, USAGE
+from fleetctl.output import Form, FormOption, is_data
 from fleetctl.session import Session
 from slmfleet import __version__
 from slmfleet.errors import UserError
@@ -55,12 +56,25 @@ app.add_typer(tokens.app, name="token")
 
 
 @app.command()
-def version(context: typer.Context, client: Annotated[bool, typer.Option(help="Ask no server.")] = False) -> None:
-    """Print the versions of fleetctl and of the control plane."""
-    print(f"fleetctl {__version__}", flush=True)
+def version(
+    context: typer.Context,
+    client: Annotated[bool, typer.Option(help="Ask no server.")] = False,
+    output: FormOption = Form.TABLE,
+) -> None:
+    """Print the versions of fleetctl and of the control plane.
+
+    -o json: {"fleetctl", "controlplane": {"version", "server"} or null}.
+    """
+    if not is_data(output):
+        print(f"fleetctl {__version__}", flush=True)
+    found = None
     if not client:
         with session.of(context).client() as server:
-            print(f"controlplane {server.get('/info').get('version', 'unknown')} at {server.server}")
+            found = {"version": server.get("/info").get("version", "unknown"), "server": server.server}
+    if is_data(output):
+        screen.data(output.value, {"fleetctl": __version__, "controlplane": found})
+    elif found:
+        print(f"controlplane {found['version']} at {found['server']}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -75,12 +75,15 @@ class Client:
             if not cursor:
                 return
 
-    def apply(self, documents: Sequence[Mapping[str, Any]], dry_run: bool = False) -> list[dict[str, Any]]:
-        """Apply manifests, all or none; one result ``{kind, name, action, warnings}`` a document."""
+    def apply(
+        self, documents: Sequence[Mapping[str, Any]], dry_run: bool = False, allow_unmatched: bool = False
+    ) -> list[dict[str, Any]]:
+        """Apply manifests, all or none; one result ``{kind, name, action, warnings}`` a document. ``allow_unmatched``:
+        a selector that matches no node is a warning instead of a Problem."""
         answer = self.call(
             "POST",
             "/apply",
-            params={"dryRun": "true" if dry_run else "false"},
+            params={"dryRun": "true" if dry_run else "false", "allowUnmatched": "true" if allow_unmatched else None},
             body={"documents": list(documents)},
         )
         return list(answer.get("results", []))

@@ -77,6 +77,18 @@ def load(client: Client, kind: Kind, name: str) -> Described:
     )
 
 
+def facts(described: Described) -> dict[str, Any]:
+    """All of it for programs, each part as the server sent it."""
+    return {
+        "object": described.value,
+        "replicas": list(described.replicas),
+        "versions": list(described.versions),
+        "events": list(described.events),
+        "nodes": list(described.nodes),
+        "missing": list(described.missing),
+    }
+
+
 def blocks(described: Described, now: datetime.datetime) -> list[Block]:
     """The page, top to bottom."""
     parts = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -13,20 +12,8 @@ from fleetctl.client import Client
 from fleetctl.columns import at
 from fleetctl.errors import Problem
 from fleetctl.kinds import Kind
+from fleetctl.output import Form, FormOption, Output, OutputOption, is_data
 from slmfleet.errors import UsageError
-
-
-class Output(enum.StrEnum):
-    """How objects are printed."""
-
-    TABLE = "table"
-    WIDE = "wide"
-    JSON = "json"
-    YAML = "yaml"
-
-
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print.")]
-KindArgument = Annotated[str, typer.Argument(help=f"One of {', '.join(kind.plural for kind in kinds.KINDS)}.")]
 
 
 def get(
@@ -40,7 +27,10 @@ def get(
         str | None, typer.Option("--selector", "-l", help="Only what these labels match: a=b,c in (d,e).")
     ] = None,
 ) -> None:
-    """List objects, or show one."""
+    """List objects, or show one.
+
+    -o json: one object as the server has it, or {"items": [{...}, ...]}.
+    """
     kind = kinds.find(kind_name)
     with session.of(context).client() as client:
         if name and kind not in (kinds.TOKEN, kinds.REPLICA):
@@ -53,7 +43,7 @@ def get(
                 if not rows:
                     raise Problem(404, f"there is no enrolment token {name!r}; see `fleetctl get tokens`")
                 found = rows[0]
-    if output in (Output.JSON, Output.YAML):
+    if is_data(output):
         screen.data(output.value, found)
     elif rows:
         screen.table(screen.out(), columns.columns(kind, session.now()), rows, wide=output is Output.WIDE)
@@ -82,12 +72,20 @@ def describe_command(
     context: typer.Context,
     kind_name: Annotated[str, typer.Argument(metavar="KIND", help="node, model, agent, deployment or group.")],
     name: Annotated[str, typer.Argument()],
+    output: FormOption = Form.TABLE,
 ) -> None:
-    """Show one object with its conditions, replicas and newest events."""
+    """Show one object with its conditions, replicas and newest events.
+
+    -o json: {"object", "replicas": [], "versions": [], "events": [], "nodes": [], "missing": []}; what a kind has none
+    of is empty, "missing" says what could not be fetched.
+    """
     among = [kind for kind in kinds.KINDS if kind not in (kinds.TOKEN, kinds.REPLICA)]
     kind = kinds.find(kind_name, among)
     with session.of(context).client() as client:
         described = describe.load(client, kind, name)
+    if is_data(output):
+        screen.data(output.value, describe.facts(described))
+        return
     describe.show(screen.out(), describe.blocks(described, session.now()))
 
 
@@ -96,10 +94,13 @@ def explain(
     deployment: Annotated[str, typer.Argument()],
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Say for each node why the deployment runs there, or why not."""
+    """Say for each node why the deployment runs there, or why not.
+
+    -o json: {"items": [{"node", "chosen", "reason"}], "message"}, as the server has it.
+    """
     with session.of(context).client() as client:
         answer = client.get(f"/deployments/{deployment}/explain")
-    if output in (Output.JSON, Output.YAML):
+    if is_data(output):
         screen.data(output.value, answer)
         return
     rows = answer.get("items") or answer.get("nodes") or []

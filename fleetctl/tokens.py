@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fleetctl import columns, kinds, screen, session
-from fleetctl.reading import Output, OutputOption
+from fleetctl import columns, kinds, screen, session, writing
+from fleetctl.output import Form, FormOption, Output, OutputOption, is_data
 from slmfleet.config import parse_labels
 from slmfleet.errors import UsageError
 from slmfleet.units import parse_duration
@@ -23,9 +23,12 @@ def create(
     label: Annotated[
         list[str] | None, typer.Option("--label", help="key=value for every node that enrols with it.")
     ] = None,
-    output: OutputOption = Output.TABLE,
+    output: FormOption = Form.TABLE,
 ) -> None:
-    """Make a token. It is shown once; standard output holds it alone, for scripts."""
+    """Make a token. It is shown once; standard output holds it alone, for scripts.
+
+    -o json: {"token", "id", "state", "usesLeft", "expiresAt", "createdAt", "labels", ...}, as the server has it.
+    """
     try:
         seconds, labels = parse_duration(ttl), parse_labels(label or [])
     except ValueError as error:
@@ -35,21 +38,22 @@ def create(
     with session.of(context).client() as client:
         body = {"ttlSeconds": int(seconds), "uses": uses, "labels": labels}
         answer = client.call("POST", "/enrollment-tokens", body=body)
-        if output in (Output.JSON, Output.YAML):
+        if is_data(output):
             screen.data(output.value, answer)
             return
         endpoints = client.get("/info").get("endpoints") or {}
     print(answer["token"])
     server = endpoints.get("enrollment", "HOST:8443")
-    screen.err().print(f"On the device: agentd enroll --server {server} --token <the token> --name NAME", style="dim")
+    hint = f"agentd enroll --server {server} --token-file FILE --name NAME"
+    screen.err().print(f"On the device, with the token in a file of mode 0600: {hint}", style="dim")
 
 
 @app.command("list")
 def list_(context: typer.Context, output: OutputOption = Output.TABLE) -> None:
-    """List tokens; their secrets are never shown again."""
+    """List tokens; their secrets are never shown again. -o json: {"items": [{...}, ...]}."""
     with session.of(context).client() as client:
         rows = list(client.items(f"/{kinds.TOKEN.path}"))
-    if output in (Output.JSON, Output.YAML):
+    if is_data(output):
         screen.data(output.value, {"items": rows})
     elif rows:
         screen.table(screen.out(), columns.token_columns(session.now()), rows, wide=output is Output.WIDE)
@@ -58,10 +62,13 @@ def list_(context: typer.Context, output: OutputOption = Output.TABLE) -> None:
 
 
 @app.command()
-def revoke(context: typer.Context, ids: Annotated[list[str], typer.Argument(metavar="ID...")]) -> None:
-    """Make tokens worthless at once; nodes that enrolled with them stay."""
-    console = screen.out()
-    with session.of(context).client() as client:
-        for token in ids:
-            client.call("DELETE", f"/{kinds.TOKEN.path}/{token}")
-            console.print(f"token/{token} revoked")
+def revoke(
+    context: typer.Context,
+    ids: Annotated[list[str], typer.Argument(metavar="ID...")],
+    output: FormOption = Form.TABLE,
+) -> None:
+    """Make tokens worthless at once; nodes that enrolled with them stay.
+
+    -o json: {"results": [{"kind": "Token", "name", "action": "revoked"}]}.
+    """
+    writing.delete_all(session.of(context), [(kinds.TOKEN, token) for token in ids], False, output)

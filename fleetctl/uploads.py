@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,25 @@ from fleetctl.manifests import Document
 from slmfleet.errors import UsageError
 
 _PIECE = 1 << 20
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+
+
+def check_digests(documents: list[Document]) -> None:
+    """Raises UsageError for a ``sha256`` of a Model's file that is no text of 64 hex digits.
+
+    YAML reads digits without quotes as a number: a digest of zeros as 0, which must not pass for "none given".
+    """
+    for document in documents:
+        for pointer, file in _files(document):
+            if "sha256" not in file:
+                continue
+            value, place = file["sha256"], document.place(f"{pointer}/sha256")
+            if value is None:
+                raise UsageError(f"{place}: sha256 is empty: write 64 hex digits, or remove the line")
+            if not isinstance(value, str):
+                raise UsageError(f"{place}: sha256 is no text (YAML reads bare digits as a number): quote it")
+            if not _SHA256.fullmatch(value):
+                raise UsageError(f"{place}: {value!r} is no SHA-256: write 64 hex digits, and quote it")
 
 
 def send_local_files(client: Client, documents: list[Document]) -> list[dict[str, Any]]:
@@ -36,7 +56,7 @@ def _send(client: Client, document: Document) -> dict[str, Any]:
     for pointer, path in found:
         declared = _file(value, pointer).get("sha256")
         digest = _sha256(path)
-        if declared and declared != digest:
+        if declared is not None and declared.lower() != digest:
             raise UsageError(f"{document.place(pointer + '/sha256')}: {path} has the SHA-256 {digest}, not {declared}")
         _upload(client, path, digest)
         _file(value, pointer)["sha256"] = digest
@@ -45,19 +65,25 @@ def _send(client: Client, document: Document) -> dict[str, Any]:
 
 def local_files(document: Document) -> Iterator[tuple[str, Path]]:
     """Pointers to the files of a Model manifest whose ``file:`` source exists on this machine, with their paths."""
-    if document.kind != "Model":
-        return
-    spec = document.value.get("spec")
+    for pointer, file in _files(document):
+        source = file.get("source")
+        if not isinstance(source, str) or not source.startswith("file:"):
+            continue
+        path = document.folder / Path(source.removeprefix("file:").removeprefix("//")).expanduser()
+        if path.is_file():
+            yield pointer, path
+
+
+def _files(document: Document) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Pointers to the files of a Model manifest, with what it says of each; what has another shape is the server's
+    to refuse."""
+    spec = document.value.get("spec") if document.kind == "Model" else None
     variants = spec.get("variants") if isinstance(spec, dict) else None
     for v, variant in enumerate(variants if isinstance(variants, list) else ()):
         files = variant.get("files") if isinstance(variant, dict) else None
         for f, file in enumerate(files if isinstance(files, list) else ()):
-            source = file.get("source") if isinstance(file, dict) else None
-            if not isinstance(source, str) or not source.startswith("file:"):
-                continue
-            path = document.folder / Path(source.removeprefix("file:").removeprefix("//")).expanduser()
-            if path.is_file():
-                yield f"/spec/variants/{v}/files/{f}", path
+            if isinstance(file, dict):
+                yield f"/spec/variants/{v}/files/{f}", file
 
 
 def _file(value: dict[str, Any], pointer: str) -> dict[str, Any]:

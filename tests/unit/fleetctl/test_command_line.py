@@ -129,6 +129,59 @@ def test_a_local_model_file_is_uploaded_and_named_by_digest(server: Server, tmp_
     assert [file.get("sha256") for file in sent] == [digest, None]
 
 
+ZEROS = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        (ZEROS, "sha256 is no text (YAML reads bare digits as a number): quote it"),
+        ("1" * 64, "quote it"),
+        ("", "sha256 is empty: write 64 hex digits, or remove the line"),
+        ("''", "'' is no SHA-256: write 64 hex digits, and quote it"),
+        ("'b179'", "'b179' is no SHA-256: write 64 hex digits, and quote it"),
+    ],
+    ids=["zeros", "ones", "empty", "empty text", "short"],
+)
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]], ids=["real", "dry"])
+def test_a_digest_that_is_none_is_no_digest_left_out(
+    server: Server, tmp_path: Path, said: Said, written: str, sentence: str, dry_run: list[str]
+) -> None:
+    (tmp_path / "w.gguf").write_bytes(b"GGUF")
+    file = tmp_path / "m.yaml"
+    file.write_text(
+        "kind: Model\nmetadata: {name: m}\nspec:\n  variants:\n    - name: q\n      files:\n"
+        f"        - source: file:w.gguf\n          sha256: {written}\n"
+    )
+    assert run(["apply", "-f", str(file), *dry_run]) == 2
+    out, err = said()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"error: {file}:8:11: ")
+    assert sentence in err
+    assert server.asked == [], "nothing was sent"
+
+
+def test_a_model_file_with_another_digest_is_not_sent(server: Server, tmp_path: Path, said: Said) -> None:
+    (tmp_path / "w.gguf").write_bytes(b"GGUF")
+    files = [{"source": "file:w.gguf", "sha256": ZEROS}]
+    model = {"kind": "Model", "metadata": {"name": "m"}, "spec": {"variants": [{"name": "q", "files": files}]}}
+    (tmp_path / "m.json").write_text(json.dumps(model))
+    assert run(["apply", "-f", str(tmp_path)]) == 2
+    assert f"has the SHA-256 {hashlib.sha256(b'GGUF').hexdigest()}, not {ZEROS}" in said()[1]
+    assert server.asked == []
+
+
+def test_a_digest_in_capitals_is_the_same_digest(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "w.gguf").write_bytes(b"GGUF")
+    digest = hashlib.sha256(b"GGUF").hexdigest()
+    files = [{"source": "file:w.gguf", "sha256": digest.upper()}]
+    model = {"kind": "Model", "metadata": {"name": "m"}, "spec": {"variants": [{"name": "q", "files": files}]}}
+    (tmp_path / "m.json").write_text(json.dumps(model))
+    server.answers[f"PUT /api/v1/uploads/{digest}"] = (200, {})
+    server.answers["POST /api/v1/apply"] = (200, {"results": []})
+    assert run(["apply", "-f", str(tmp_path)]) == 0
+
+
 def test_get_follows_the_pages(server: Server, said: Said) -> None:
     node = {"metadata": {"name": "edge-1"}, "status": {"state": "online"}}
     server.answers["GET /api/v1/nodes"] = (200, {"items": [node], "nextCursor": None})
@@ -205,6 +258,8 @@ def test_a_new_token_stands_alone_on_standard_output(server: Server, said: Said)
     out, err = said()
     assert out == "slmfleet1.a.b.c\n"
     assert "--server 10.0.0.1:8443" in err
+    assert "--token-file FILE" in err
+    assert "--token " not in err, "others can read a command line in ps"
 
 
 @pytest.mark.parametrize(
