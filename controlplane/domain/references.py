@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from controlplane.domain.declared import Declared
@@ -12,15 +12,20 @@ from controlplane.domain.problems import Problem
 from controlplane.domain.selectors import parse_selector
 
 _LABELS_SHOWN = 8
+_WAY_OUT = (
+    "correct it, or repeat with allowUnmatched=true (fleetctl apply --allow-unmatched) if its nodes are yet to enrol"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something about the document at ``index``; a warning is told and does not stop the apply."""
+    """Something about the document at ``index``. A warning is told and does not stop the apply. ``is_unmatched``: a
+    warning that nodes are missing where some were named, which is a typing error more often than foresight."""
 
     index: int
     problem: Problem
     is_warning: bool = False
+    is_unmatched: bool = False
 
 
 def check_references(
@@ -34,8 +39,18 @@ def check_references(
     findings = list(_repeated(documents))
     for index, document in enumerate(documents):
         findings += [Finding(index, problem) for problem in _missing(document, together)]
-        findings += [Finding(index, problem, True) for problem in _empty(document, together, node_labels)]
+        findings += _empty(index, document, together, node_labels)
     return findings
+
+
+def refuse_unmatched(findings: Iterable[Finding], written: Collection[int]) -> list[Finding]:
+    """The findings for which an apply is refused unless the caller allows them: of the documents ``written``, by their
+    index. One that stays as it is does no harm that was not there before."""
+    return [
+        Finding(item.index, Problem(item.problem.pointer, f"{item.problem.message}: {_WAY_OUT}"))
+        for item in findings
+        if item.is_unmatched and item.index in written
+    ]
 
 
 def _repeated(documents: Sequence[Manifest]) -> Iterator[Finding]:
@@ -77,7 +92,9 @@ def _no_such(kind: str, name: str, known: Iterable[str]) -> str:
     return f"there is no {kind} {name}: {hint}"
 
 
-def _empty(document: Manifest, fleet: Declared, node_labels: Sequence[Mapping[str, str]]) -> Iterator[Problem]:
+def _empty(
+    index: int, document: Manifest, fleet: Declared, node_labels: Sequence[Mapping[str, str]]
+) -> Iterator[Finding]:
     match document:
         case Group(spec=group):
             texts = {"/spec/selector": group.selector}
@@ -90,10 +107,14 @@ def _empty(document: Manifest, fleet: Declared, node_labels: Sequence[Mapping[st
     alone = {pointer: _selected(text, node_labels) for pointer, text in texts.items()}
     for pointer, nodes in alone.items():
         if not nodes:
-            what = f'selector "{texts[pointer]}"' if texts[pointer] else "the empty selector"
-            yield Problem(pointer, f"{what} matches no node now ({_seen(texts[pointer], node_labels)})")
+            text = texts[pointer]
+            what = f'selector "{text}"' if text else "the empty selector"
+            problem = Problem(pointer, f"{what} matches no node now ({_seen(text, node_labels)})")
+            # An empty selector is every node there will be: it can't be mistaken.
+            yield Finding(index, problem, is_warning=True, is_unmatched=bool(text))
     if all(alone.values()) and not _selected(",".join(filter(None, texts.values())), node_labels):
-        yield Problem("/spec", "selector and group each match nodes, but no node is in both now")
+        problem = Problem("/spec", "selector and group each match nodes, but no node is in both now")
+        yield Finding(index, problem, is_warning=True, is_unmatched=True)
 
 
 def _selected(text: str, node_labels: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:

@@ -14,7 +14,7 @@ from controlplane.domain.declared import users_of
 from controlplane.domain.manifests import Manifest
 from controlplane.domain.parsing import parse_manifest
 from controlplane.domain.problems import Problem
-from controlplane.domain.references import Finding, check_references
+from controlplane.domain.references import Finding, check_references, refuse_unmatched
 from controlplane.rest import preconditions
 from controlplane.rest.problems import ApiProblem, invalid, not_found
 
@@ -52,12 +52,14 @@ async def apply(
     actor: str,
     *,
     dry_run: bool = False,
+    allow_unmatched: bool = False,
     if_match: str | None = None,
     prefix: str = "/documents/{}",
 ) -> list[Result]:
     """Apply all of ``documents`` or none. ``if_match`` is about the first (for the write of a single object).
 
-    Raises ApiProblem: 412 stale, 422 for references that do not hold, 409 for versions that would change.
+    Raises ApiProblem: 412 stale, 422 for references that do not hold and, unless ``allow_unmatched``, for selectors
+    that match no node, 409 for versions that would change.
     """
     async with engine.connect() as connection, connection.begin() as transaction:
         await manifests.lock(connection)
@@ -65,12 +67,15 @@ async def apply(
             await _check_match(connection, documents[0].kind, documents[0].metadata.name, if_match)
         existing = await manifests.load(connection)
         findings = check_references(documents, existing, await manifests.node_labels(connection))
-        _refuse([item.problem.under(prefix.format(item.index)) for item in findings if not item.is_warning])
+        _refuse([item for item in findings if not item.is_warning], prefix, "invalid-reference")
         plan = plan_apply(existing, documents)
         if plan.conflicts:
             first = plan.conflicts[0]
             errors = [Problem(prefix.format(item.index), item.message) for item in plan.conflicts]
             raise ApiProblem(409, first.message, "version-immutable", errors)
+        if not allow_unmatched:
+            written = {i for i, change in enumerate(plan.changes) if change.action is not Action.UNCHANGED}
+            _refuse(refuse_unmatched(findings, written), prefix, "unmatched-selector")
         if dry_run:
             await transaction.rollback()
         else:
@@ -78,9 +83,9 @@ async def apply(
     return _results(plan, findings)
 
 
-def _refuse(problems: list[Problem]) -> None:
-    if problems:
-        raise invalid(problems, "invalid-reference")
+def _refuse(findings: Sequence[Finding], prefix: str, slug: str) -> None:
+    if findings:
+        raise invalid([item.problem.under(prefix.format(item.index)) for item in findings], slug)
 
 
 async def _write(connection: AsyncConnection, plan: ApplyPlan, actor: str) -> None:

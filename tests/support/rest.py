@@ -56,9 +56,12 @@ class Api:
             return problem
         return answer.json() if answer.content else None
 
-    async def apply(self, *documents: Any, status: int = 200, dry_run: bool = False) -> Any:
-        """POST /apply; its results, or the problem."""
-        answer = await self.call("POST", "/apply", status, {"documents": list(documents)}, dryRun=dry_run)
+    async def apply(
+        self, *documents: Any, status: int = 200, dry_run: bool = False, allow_unmatched: bool = True
+    ) -> Any:
+        """POST /apply; its results, or the problem. Few tests have nodes, so selectors need not match any."""
+        body = {"documents": list(documents)}
+        answer = await self.call("POST", "/apply", status, body, dryRun=dry_run, allowUnmatched=allow_unmatched)
         return answer["results"] if status == 200 else answer
 
     async def query(self, statement: Any, **values: Any) -> list[Any]:

@@ -35,6 +35,14 @@ class Collection:
     show: Callable[[sa.Row[Any]], dict[str, Any]]
 
 
+AllowUnmatched = Annotated[
+    bool,
+    Query(
+        alias="allowUnmatched",
+        description="A selector or group that matches no node now is a warning instead of a 422 problem.",
+    ),
+]
+
 COLLECTIONS = (
     Collection("Group", "groups", lambda: sa.select(tables.groups), tables.groups, views.group),
     Collection("Model", "models", objects.models, tables.models, views.model),
@@ -70,8 +78,12 @@ def _add_apply(routes: APIRouter, context: Context) -> None:
         body: ApplyBody,
         caller: Caller,
         dry_run: Annotated[bool, Query(alias="dryRun", description="Check and plan, write nothing.")] = False,
+        allow_unmatched: AllowUnmatched = False,
     ) -> dict[str, Any]:
-        results = await applying.apply(context.engine, applying.parse_all(body.documents), caller.name, dry_run=dry_run)
+        manifests = applying.parse_all(body.documents)
+        results = await applying.apply(
+            context.engine, manifests, caller.name, dry_run=dry_run, allow_unmatched=allow_unmatched
+        )
         return {
             "results": [
                 {"kind": item.kind, "name": item.name, "action": item.action, "warnings": list(item.warnings)}
@@ -126,14 +138,20 @@ def _add_writes(routes: APIRouter, context: Context, collection: Collection) -> 
         },
     )
     async def put_object(
-        name: ObjectName, document: Annotated[Any, Body()], caller: Caller, if_match: IfMatch = None
+        name: ObjectName,
+        document: Annotated[Any, Body()],
+        caller: Caller,
+        allow_unmatched: AllowUnmatched = False,
+        if_match: IfMatch = None,
     ) -> JSONResponse:
         (manifest,) = applying.parse_all([document], prefix="")
         if manifest.kind != kind:
             raise invalid([Problem("/kind", f"is {manifest.kind}, but the path is that of a {kind}")])
         if manifest.metadata.name != name:
             raise invalid([Problem("/metadata/name", f"is {manifest.metadata.name}, but the path says {name}")])
-        (result,) = await applying.apply(context.engine, [manifest], caller.name, if_match=if_match, prefix="")
+        (result,) = await applying.apply(
+            context.engine, [manifest], caller.name, allow_unmatched=allow_unmatched, if_match=if_match, prefix=""
+        )
         answer = await _read(context, collection, name, 201 if result.action is Action.CREATED else 200)
         for warning in result.warnings:
             answer.headers.append("Warning", f'299 - "{_quoted(warning)}"')

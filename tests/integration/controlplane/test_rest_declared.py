@@ -112,14 +112,44 @@ def test_one_bad_document_stops_the_whole_apply(migrated_postgres_url: str) -> N
     run(migrated_postgres_url, test)
 
 
-def test_a_selector_that_matches_nothing_is_a_warning(migrated_postgres_url: str) -> None:
+def test_a_selector_that_matches_nothing_is_refused_unless_that_is_allowed(migrated_postgres_url: str) -> None:
     async def test(api: Api) -> None:
-        (result,) = await api.apply(group("site=lyonn"))
-        sentence = 'selector "site=lyonn" matches no node now (no node has enrolled yet)'
-        assert result["warnings"] == [sentence]
-        answer = await api.client.put("/api/v1/groups/shops", json=group("site=lyon"))
+        await api.query(sa.insert(tables.nodes).values(id="n1", name="edge-1", labels={"site": "lyon"}))
+        lost = [*FLEET[:2], group("site=lyonn"), deployment(agent="greeter", group="shops")]
+        sentence = 'selector "site=lyonn" matches no node now (labels seen: site=lyon)'
+        for dry_run in (True, False):
+            problem = await api.apply(*lost, status=422, dry_run=dry_run, allow_unmatched=False)
+            assert problem["type"] == "urn:slmfleet:problem:unmatched-selector"
+            assert [item["pointer"] for item in problem["errors"]] == [
+                "/documents/2/spec/selector",
+                "/documents/3/spec/group",
+            ]
+            assert problem["errors"][0]["message"] == (
+                f"{sentence}: correct it, or repeat with allowUnmatched=true (fleetctl apply --allow-unmatched) if its "
+                "nodes are yet to enrol"
+            )
+        assert [await api.call("GET", f"/{path}") for path in ("models", "groups", "deployments")] == [
+            {"items": [], "nextCursor": None}
+        ] * 3
+        await api.call("PUT", "/groups/shops", 422, group("site=lyonn"))
+        results = await api.apply(*lost, allow_unmatched=True)
+        assert [item["warnings"] for item in results] == [[], [], [sentence], [sentence]]
+        # Nothing changes, so nothing is refused; what changes is, and what is as wanted now is not.
+        assert [item["action"] for item in await api.apply(*lost, allow_unmatched=False)] == ["unchanged"] * 4
+        await api.apply(deployment(agent="greeter", group="shops", replicas=2), status=422, allow_unmatched=False)
+        await api.apply(group("site=lyon"), allow_unmatched=False)
+        await api.apply(deployment(agent="greeter", group="shops", replicas=2), allow_unmatched=False)
+        answer = await api.client.put("/api/v1/groups/shops?allowUnmatched=true", json=group("site=lyonn"))
         assert answer.status_code == 200
-        assert answer.headers["warning"].startswith('299 - "selector \\"site=lyon\\" matches no node now')
+        assert answer.headers["warning"].startswith('299 - "selector \\"site=lyonn\\" matches no node now')
+
+    run(migrated_postgres_url, test)
+
+
+def test_every_node_there_will_be_may_be_none_today(migrated_postgres_url: str) -> None:
+    async def test(api: Api) -> None:
+        results = await api.apply(*FLEET[:2], deployment(), allow_unmatched=False)
+        assert results[2]["warnings"] == ["the empty selector matches no node now (no node has enrolled yet)"]
 
     run(migrated_postgres_url, test)
 
@@ -174,7 +204,7 @@ def test_revisions_follow_what_they_pin(migrated_postgres_url: str) -> None:
     run(migrated_postgres_url, test)
 
 
-@pytest.mark.parametrize(("path", "made"), [("models", model()), ("groups", group())])
+@pytest.mark.parametrize(("path", "made"), [("models", model()), ("groups", group(""))])
 def test_put_makes_and_replaces_one_object(migrated_postgres_url: str, path: str, made: dict[str, Any]) -> None:
     async def test(api: Api) -> None:
         name = made["metadata"]["name"]
@@ -198,16 +228,16 @@ def test_put_makes_and_replaces_one_object(migrated_postgres_url: str, path: str
 def test_etag_and_if_match(migrated_postgres_url: str) -> None:
     async def test(api: Api) -> None:
         path = "/groups/shops"
-        await api.call("PUT", path, 412, group(), headers={"if-match": "*"})
-        await api.call("PUT", path, 201, group())
+        await api.call("PUT", path, 412, group(), headers={"if-match": "*"}, allowUnmatched=True)
+        await api.call("PUT", path, 201, group(), allowUnmatched=True)
         etag = (await api.client.get(f"/api/v1{path}")).headers["etag"]
         assert etag == '"1"'
-        await api.call("PUT", path, 200, group("site=turin"), headers={"if-match": etag})
-        problem = await api.call("PUT", path, 412, group("site=paris"), headers={"if-match": etag})
+        await api.call("PUT", path, 200, group("site=turin"), headers={"if-match": etag}, allowUnmatched=True)
+        problem = await api.call("PUT", path, 412, group("site=paris"), headers={"if-match": etag}, allowUnmatched=True)
         assert 'its ETag is "2" now' in problem["detail"]
         await api.call("DELETE", path, 412, headers={"if-match": etag})
         assert (await api.call("GET", path))["spec"]["selector"] == "site=turin"
-        await api.call("PUT", path, 200, group("site=paris"), headers={"if-match": '"1", "2"'})
+        await api.call("PUT", path, 200, group("site=paris"), headers={"if-match": '"1", "2"'}, allowUnmatched=True)
         await api.call("DELETE", path, 204, headers={"if-match": '"3"'})
         await api.call("GET", path, 404)
 
@@ -342,7 +372,7 @@ def test_writes_wake_the_controllers_and_what_changes_nothing_does_not(migrated_
         await api.call("DELETE", "/deployments/kiosks", 204)
         assert await asyncio.wait_for(heard.get(), 10) == "spec"
         await api.apply(deployment(), dry_run=True)
-        await api.call("PUT", "/groups/last", 201, group(name="last"))
+        await api.call("PUT", "/groups/last", 201, group(name="last"), allowUnmatched=True)
         assert await asyncio.wait_for(heard.get(), 10) == "spec"
         assert heard.empty()
         listening.cancel()

@@ -12,7 +12,7 @@ from controlplane.domain.changes import Action, ApplyPlan, pin, plan_apply, plan
 from controlplane.domain.declared import Declared, ModelVersion, users_of
 from controlplane.domain.manifests import Manifest
 from controlplane.domain.parsing import parse_manifest
-from controlplane.domain.references import check_references
+from controlplane.domain.references import check_references, refuse_unmatched
 
 SHA = "ab" * 32
 LABELS = [{"tier": "demo", "site": "lyon"}, {"tier": "demo", "site": "turin"}, {"hw": "pi5"}]
@@ -138,6 +138,17 @@ def test_a_selector_without_nodes_is_a_warning(documents: list[Manifest], senten
 def test_a_fleet_without_nodes_says_so() -> None:
     (finding,) = check_references([group("")], Declared(), [])
     assert finding.problem.message == "the empty selector matches no node now (no node has enrolled yet)"
+    assert refuse_unmatched([finding], {0}) == []
+
+
+def test_only_what_would_be_written_is_refused_for_lack_of_nodes() -> None:
+    documents = [group("site=paris"), deployment(agent="greeter", group="shops", selector="site=lyon")]
+    findings = check_references(documents, applied(model(), agent()), LABELS)
+    assert [item.index for item in refuse_unmatched(findings, {0, 1})] == [0, 1]
+    assert refuse_unmatched(findings, set()) == []
+    (refusal,) = refuse_unmatched(findings, {1})
+    assert (refusal.index, refusal.is_warning) == (1, False)
+    assert "allowUnmatched=true (fleetctl apply --allow-unmatched)" in refusal.problem.message
 
 
 def test_a_first_apply_creates_everything_and_one_revision() -> None:
