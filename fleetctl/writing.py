@@ -11,6 +11,8 @@ from fleetctl.client import Client
 from fleetctl.errors import Problem
 from fleetctl.kinds import Kind
 from fleetctl.manifests import Document
+from fleetctl.output import Form, FormOption, is_data, result
+from fleetctl.session import Session
 from slmfleet.errors import UsageError
 
 FilesOption = Annotated[
@@ -28,21 +30,32 @@ def apply(
     allow_unmatched: Annotated[
         bool, typer.Option("--allow-unmatched", help="Accept selectors that match no node yet, with a warning.")
     ] = False,
+    output: FormOption = Form.TABLE,
 ) -> None:
-    """Make the fleet what manifests say: all of their documents, or none."""
+    """Make the fleet what manifests say: all of their documents, or none.
+
+    -o json: {"dryRun", "results": [{"kind", "name", "action": "created"|"changed"|"unchanged", "warnings": []}]}.
+    """
     if not file:
         raise UsageError("nothing to apply: give -f FILE, -f FOLDER or -f -")
     documents = manifests.read(file, recursive)
     with session.of(context).client() as client:
         results = apply_documents(client, documents, dry_run, allow_unmatched)
+    if is_data(output):
+        screen.data(output.value, {"dryRun": dry_run, "results": results})
+    else:
+        _show_applied(results, dry_run)
+
+
+def _show_applied(results: list[dict[str, Any]], dry_run: bool) -> None:
     console, notes = screen.out(), screen.err()
-    for result in results:
-        action = str(result.get("action", ""))
-        name = f"{str(result.get('kind', '')).lower()}/{result.get('name', '')}"
+    for applied in results:
+        action = str(applied.get("action", ""))
+        name = f"{str(applied.get('kind', '')).lower()}/{applied.get('name', '')}"
         console.print(f"{name} ", end="")
         console.print(action, style=screen.style_of(action), end="")
         console.print(" (dry run)" if dry_run else "")
-        for warning in result.get("warnings") or ():
+        for warning in applied.get("warnings") or ():
             notes.print(f"warning: {name}: {warning}", style="yellow")
 
 
@@ -50,6 +63,7 @@ def apply_documents(
     client: Client, documents: list[Document], dry_run: bool = False, allow_unmatched: bool = False
 ) -> list[dict[str, Any]]:
     """Apply manifests; a fault that the server finds is told with its place in the files (Problem)."""
+    uploads.check_digests(documents)
     values = [document.value for document in documents]
     if not dry_run:
         values = uploads.send_local_files(client, documents)
@@ -79,19 +93,39 @@ def delete(
     ignore_not_found: Annotated[
         bool, typer.Option("--ignore-not-found", help="What is gone already is no error.")
     ] = False,
+    output: FormOption = Form.TABLE,
 ) -> None:
-    """Delete objects by name, or all that manifests name. Deleting a node revokes its certificate."""
-    targets = _targets(kind_name, names, file, recursive)
-    console = screen.out()
-    with session.of(context).client() as client:
-        for kind, name in targets:
-            try:
-                client.call("DELETE", f"/{kind.path}/{name}")
-            except Problem as error:
-                if error.status != 404 or not ignore_not_found:
-                    raise
-            else:
-                console.print(f"{kind.singular}/{name} {'revoked' if kind is kinds.TOKEN else 'deleted'}")
+    """Delete objects by name, or all that manifests name. Deleting a node revokes its certificate.
+
+    -o json: {"results": [{"kind", "name", "action": "deleted"|"revoked"|"absent"}]}, up to the first that failed.
+    """
+    delete_all(session.of(context), _targets(kind_name, names, file, recursive), ignore_not_found, output)
+
+
+def delete_all(caller: Session, targets: list[tuple[Kind, str]], ignore_not_found: bool, output: Form) -> None:
+    """Delete one after the other and tell of each; raises Problem at the first that the server refuses."""
+    results: list[dict[str, str]] = []
+    try:
+        with caller.client() as client:
+            for kind, name in targets:
+                action = _delete(client, kind, name, ignore_not_found)
+                results.append(result(kind, name, action))
+                if not is_data(output) and action != "absent":
+                    screen.out().print(f"{kind.singular}/{name} {action}")
+    finally:
+        # What is gone is told, whatever became of the rest.
+        if is_data(output):
+            screen.data(output.value, {"results": results})
+
+
+def _delete(client: Client, kind: Kind, name: str, ignore_not_found: bool) -> str:
+    try:
+        client.call("DELETE", f"/{kind.path}/{name}")
+    except Problem as error:
+        if error.status != 404 or not ignore_not_found:
+            raise
+        return "absent"
+    return "revoked" if kind is kinds.TOKEN else "deleted"
 
 
 def _targets(
@@ -123,12 +157,10 @@ def label(
     context: typer.Context,
     node: NodeArgument,
     changes: Annotated[list[str], typer.Argument(metavar="KEY=VALUE|KEY-...", help="site=lyon sets, site- removes.")],
+    output: FormOption = Form.TABLE,
 ) -> None:
-    """Set and remove labels of a node."""
-    labels = parse_changes(changes)
-    with session.of(context).client() as client:
-        client.call("PATCH", f"/nodes/{node}", body={"labels": labels})
-    screen.out().print(f"node/{node} labelled")
+    """Set and remove labels of a node. -o json: the node, as `get node` shows it."""
+    _patch(session.of(context), node, {"labels": parse_changes(changes)}, "labelled", output)
 
 
 def parse_changes(changes: list[str]) -> dict[str, str | None]:
@@ -146,17 +178,20 @@ def parse_changes(changes: list[str]) -> dict[str, str | None]:
     return labels
 
 
-def drain(context: typer.Context, node: NodeArgument) -> None:
-    """Let a node finish what it runs and give it no new work."""
-    _set_drained(context, node, True)
+def drain(context: typer.Context, node: NodeArgument, output: FormOption = Form.TABLE) -> None:
+    """Let a node finish what it runs and give it no new work. -o json: the node, as `get node` shows it."""
+    _patch(session.of(context), node, {"drained": True}, "drains: it gets no new work", output)
 
 
-def undrain(context: typer.Context, node: NodeArgument) -> None:
-    """Give a node work again."""
-    _set_drained(context, node, False)
+def undrain(context: typer.Context, node: NodeArgument, output: FormOption = Form.TABLE) -> None:
+    """Give a node work again. -o json: the node, as `get node` shows it."""
+    _patch(session.of(context), node, {"drained": False}, "takes work again", output)
 
 
-def _set_drained(context: typer.Context, node: str, drained: bool) -> None:
-    with session.of(context).client() as client:
-        client.call("PATCH", f"/nodes/{node}", body={"drained": drained})
-    screen.out().print(f"node/{node} {'drains: it gets no new work' if drained else 'takes work again'}")
+def _patch(caller: Session, node: str, change: dict[str, Any], done: str, output: Form) -> None:
+    with caller.client() as client:
+        changed = client.call("PATCH", f"/nodes/{node}", body=change)
+    if is_data(output):
+        screen.data(output.value, changed)
+    else:
+        screen.out().print(f"node/{node} {done}")
