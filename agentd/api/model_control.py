@@ -72,8 +72,12 @@ def facts(status: ModelStatus) -> dict[str, Any]:
         "reason": status.reason,
         "pid": status.pid,
         "memory_bytes": status.memory_bytes,
+        "limit_bytes": status.limit_bytes,
         "in_flight": status.in_flight,
         "queued": status.queued,
         "load_seconds": status.load_seconds,
         "crashes": status.crashes,
+        "degraded": status.degraded,
+        "thrashing": status.thrashing,
+        "log_lines": list(status.log_lines),
     }

@@ -1,6 +1,6 @@
 """``/metrics`` in Prometheus' text format 0.0.4, written by hand: a client library would only add memory.
 
-Names and meanings stand in ``_HELP`` and nowhere else; ``docs`` is checked against it.
+Names and meanings stand in ``_HELP``; docs/api.md lists the same, which a test checks.
 """
 
 from __future__ import annotations
@@ -27,16 +27,27 @@ _HELP: dict[str, tuple[str, str]] = {
     "agentd_outbox_dropped_rows_total": ("counter", "Rows that were dropped for lack of space"),
     "agentd_requests_in_flight": ("gauge", "Requests that run or wait now"),
     "agentd_requests_total": ("counter", "Requests by model and outcome: ok, failed, refused, cancelled"),
+    "agentd_refusals_total": ("counter", "Requests that were turned away, by model and reason (the error's code)"),
+    "agentd_requests_running": ("gauge", "Requests that a model's worker serves now"),
+    "agentd_queue_length": ("gauge", "Requests that wait for a model now"),
     "agentd_prompt_tokens_total": ("counter", "Prompt tokens of answered requests"),
+    "agentd_cached_tokens_total": ("counter", "Prompt tokens that were found in the prefix cache"),
     "agentd_output_tokens_total": ("counter", "Tokens that were generated"),
+    "agentd_prefill_seconds_total": ("counter", "Seconds spent reading prompts"),
     "agentd_decode_seconds_total": ("counter", "Seconds spent generating"),
     "agentd_first_token_seconds": ("histogram", "From a request's arrival to its first token"),
+    "agentd_token_seconds": ("histogram", "Mean time of a generated token, one value for each answer"),
     "agentd_request_seconds": ("histogram", "From a request's arrival to its last token"),
     "agentd_queue_seconds": ("histogram", "Seconds that a request waited for its turn"),
     "agentd_model_loads_total": ("counter", "Times that a model was loaded"),
+    "agentd_model_load_seconds": ("histogram", "From the decision to load a model to its readiness"),
     "agentd_model_unloads_total": ("counter", "Times that a model was unloaded"),
+    "agentd_model_evictions_total": ("counter", "Unloads that made room for another model"),
+    "agentd_model_thrashes_total": ("counter", "Times that a model was found far slower than it was"),
+    "agentd_model_over_limit_total": ("counter", "Workers that were ended for taking more memory than they may"),
     "agentd_model_state": ("gauge", "1 for the state that a model is in"),
     "agentd_model_memory_bytes": ("gauge", "Memory of a model's worker"),
+    "agentd_model_memory_limit_bytes": ("gauge", "What a model's worker may take; 0 = no limit, or no worker"),
     "agentd_model_crashes_total": ("counter", "Workers of a model that ended badly"),
 }
 METRIC_NAMES = tuple(_HELP)
@@ -86,6 +97,9 @@ def render(snapshot: Snapshot) -> bytes:
         for state in ModelState:
             page.add("agentd_model_state", int(status.state == state), **labels, state=state.value)
         page.add("agentd_model_memory_bytes", status.memory_bytes, **labels)
+        page.add("agentd_model_memory_limit_bytes", status.limit_bytes, **labels)
+        page.add("agentd_requests_running", status.in_flight, **labels)
+        page.add("agentd_queue_length", status.queued, **labels)
         page.add("agentd_model_crashes_total", status.crashes, **labels)
     return page.text().encode()
 
@@ -97,14 +111,23 @@ def _labels(key: ModelKey) -> dict[str, str]:
 def _add_counts(page: _Page, labels: dict[str, str], counts: ModelCounters) -> None:
     for outcome in ("ok", "failed", "refused", "cancelled"):
         page.add("agentd_requests_total", getattr(counts, f"requests_{outcome}"), **labels, outcome=outcome)
+    for reason, count in sorted(counts.refusals.items()):
+        page.add("agentd_refusals_total", count, **labels, reason=reason)
     page.add("agentd_prompt_tokens_total", counts.prompt_tokens, **labels)
+    page.add("agentd_cached_tokens_total", counts.cached_tokens, **labels)
     page.add("agentd_output_tokens_total", counts.output_tokens, **labels)
+    page.add("agentd_prefill_seconds_total", round(counts.prefill_seconds, 6), **labels)
     page.add("agentd_decode_seconds_total", round(counts.decode_seconds, 6), **labels)
     page.add_histogram("agentd_first_token_seconds", counts.first_token_s, labels)
+    page.add_histogram("agentd_token_seconds", counts.token_s, labels)
     page.add_histogram("agentd_request_seconds", counts.total_s, labels)
     page.add_histogram("agentd_queue_seconds", counts.queue_s, labels)
     page.add("agentd_model_loads_total", counts.loads, **labels)
+    page.add_histogram("agentd_model_load_seconds", counts.load_s, labels)
     page.add("agentd_model_unloads_total", counts.unloads, **labels)
+    page.add("agentd_model_evictions_total", counts.evictions, **labels)
+    page.add("agentd_model_thrashes_total", counts.thrashes, **labels)
+    page.add("agentd_model_over_limit_total", counts.over_limit, **labels)
 
 
 class _Page:

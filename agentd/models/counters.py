@@ -9,6 +9,8 @@ from typing import Any
 
 # Upper edges in seconds; fixed, so that histograms of all nodes can be added.
 SECONDS_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+# Likewise, for the time of one token.
+TOKEN_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
 
 
 @dataclass(slots=True)
@@ -59,6 +61,8 @@ class ModelCounters:
     total_s: Histogram = field(default_factory=Histogram)
     queue_s: Histogram = field(default_factory=Histogram)
     load_s: Histogram = field(default_factory=Histogram)
+    # Mean time of a token, one value for each answer.
+    token_s: Histogram = field(default_factory=lambda: Histogram(TOKEN_BOUNDS))
 
     def plus(self, other: ModelCounters) -> ModelCounters:
         """The sum, as a new object."""

@@ -77,6 +77,8 @@ class Ledger:
         current.output_tokens += done.output_tokens
         current.prefill_seconds += done.prefill_seconds
         current.decode_seconds += done.decode_seconds
+        if done.output_tokens and done.decode_seconds > 0:
+            current.token_s.observe(done.decode_seconds / done.output_tokens)
         current.queue_s.observe(queue_s)
         current.total_s.observe(now_s - ticket.submitted_s)
         if ticket.first_token_s is not None:

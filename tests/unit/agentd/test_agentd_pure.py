@@ -168,7 +168,7 @@ def test_both_readers_of_the_ledger_see_every_count() -> None:
     ledger = Ledger(lambda: {KEY: waiting.pop(0)} if waiting else {})
     assert ledger.totals()[KEY].requests_ok == 2
     assert ledger.since_last_row()[KEY].requests_ok == 5
-    ledger.refused(KEY)
+    ledger.refused(KEY, "agent_queue_full")
     assert ledger.since_last_row()[KEY].requests_refused == 1
     assert ledger.since_last_row() == {}
     assert (ledger.totals()[KEY].requests_ok, ledger.totals()[KEY].requests_refused) == (5, 1)
@@ -186,7 +186,7 @@ def test_samples_name_models_that_are_gone_and_leave_empty_histograms_out() -> N
 
 
 def test_the_metrics_page_is_well_formed_and_complete() -> None:
-    counters = ModelCounters(requests_ok=1)
+    counters = ModelCounters(requests_ok=1, refusals={"queue_full": 2})
     counters.total_s.observe(0.3)
     odd = ModelKey('we"ird', "1", "a\\b")
     page = render(
@@ -196,6 +196,7 @@ def test_the_metrics_page_is_well_formed_and_complete() -> None:
     assert types == sorted(set(types), key=types.index)
     assert set(types) == set(METRIC_NAMES)
     assert 'agentd_request_seconds_bucket{model="we\\"ird",version="1",variant="a\\\\b",le="+Inf"} 1' in page
+    assert 'agentd_refusals_total{model="we\\"ird",version="1",variant="a\\\\b",reason="queue_full"} 2' in page
     assert page.endswith("\n")
 
 
