@@ -52,9 +52,9 @@ def _node(now: datetime.datetime) -> list[Column]:
         Column("STATE", text("status.state")),
         Column("REPLICAS", lambda row: ready_of(at(row, "status.assignments", ()))),
         Column("SEEN", lambda row: human.age(at(row, "status.lastSeenAt"), now), right=True),
-        Column("AGENTD", text("status.agentdVersion")),
+        Column("AGENTD", text("status.agentdVersion"), whole=True),
         Column("HARDWARE", hardware, wide=True),
-        Column("LOCAL-API", text("status.localApi"), wide=True),
+        Column("LOCAL-API", text("status.localApi"), wide=True, whole=True),
         Column("REASON", text("status.stateReason"), wide=True),
     ]
 
@@ -92,7 +92,7 @@ def _deployment() -> list[Column]:
 def token_columns(now: datetime.datetime) -> list[Column]:
     """Enrolment tokens are flat objects: ``{id, state, usesLeft, expiresAt, createdAt, labels}``."""
     return [
-        Column("ID", text("id")),
+        Column("ID", text("id"), whole=True),
         Column("STATE", text("state")),
         Column("USES-LEFT", text("usesLeft"), right=True),
         Column("EXPIRES", lambda row: human.until(row.get("expiresAt"), now)),
@@ -108,7 +108,7 @@ def replica_columns(now: datetime.datetime) -> list[Column]:
         Column("STATE", replica_state),
         Column("REV", text("revision"), right=True),
         Column("WHY HERE", text("reason")),
-        Column("ID", text("id"), wide=True),
+        Column("ID", text("id"), wide=True, whole=True),
     ]
 
 

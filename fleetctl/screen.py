@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 GAP = "   "
+# Cells that a column of words keeps at least: less says nothing.
+_NARROWEST = 12
 # Words that say how a thing is doing, and how they look. Anything else is plain.
 _STYLES = {
     "green": "online ready warm active created yes true",
@@ -29,13 +31,17 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A heading and the text of one cell. ``wide`` columns show with ``-o wide`` only, ``sparse`` ones if not empty."""
+    """A heading and the text of one cell. ``wide`` columns show with ``-o wide`` only, ``sparse`` ones if not empty.
+
+    Numbers (``right``) and what is worth nothing in part (``whole``: an address, a version) are never cut.
+    """
 
     title: str
     cell: Callable[[Row], str]
     wide: bool = False
     right: bool = False
     sparse: bool = False
+    whole: bool = False
 
 
 def out() -> Console:
@@ -60,20 +66,53 @@ def style_of(text: str) -> str:
 def lines(
     columns: Sequence[Column], rows: Sequence[Row], width: int | None, indent: int = 0, wrap: bool = False
 ) -> list[Text]:
-    """Heading and rows, aligned. ``width`` None: nothing is cut; else columns give way until a line fits.
+    """Heading and rows, aligned. ``width`` None: nothing is cut; else columns are narrowed until a line fits.
 
     ``wrap``: what the last column loses stands on further lines instead of being cut.
     """
-    cells = [[" ".join(column.cell(row).split()) or "-" for column in columns] for row in rows]
+    cells = [[_cell(column, row) for column in columns] for row in rows]
     table = [[column.title for column in columns], *cells]
-    widths = [max(cell_len(row[index]) for row in table) for index in range(len(columns))]
+    widths = natural_widths(columns, rows)
     if width is not None:
-        _fit(widths, [column.right for column in columns], width - indent - len(GAP) * (len(columns) - 1))
+        _fit(widths, _floors(columns, widths), width - indent - len(GAP) * (len(columns) - 1))
     return [
         line
         for number, row in enumerate(table)
         for part, piece in enumerate(_wrapped(row, widths) if wrap else [row])
         for line in [_line(columns, piece, widths, indent, heading=number == 0, more=part > 0)]
+    ]
+
+
+def natural_widths(columns: Sequence[Column], rows: Sequence[Row]) -> list[int]:
+    """Cells that each column takes where there is room for all."""
+    return [max([cell_len(column.title), *(cell_len(_cell(column, row)) for row in rows)]) for column in columns]
+
+
+def that_fit(columns: Sequence[Column], rows: Sequence[Row], width: int) -> tuple[list[Column], list[Column]]:
+    """The columns that have room beside each other, and those that give way: wide ones first, the last first.
+
+    The first column always stays.
+    """
+    kept, gone = list(columns), []
+    while len(kept) > 1:
+        floors = _floors(kept, natural_widths(kept, rows))
+        if sum(floors) + len(GAP) * (len(kept) - 1) <= width:
+            break
+        among = [column for column in kept[1:] if column.wide] or kept[1:]
+        gone.append(among[-1])
+        kept.remove(among[-1])
+    return kept, [column for column in columns if column in gone]
+
+
+def _cell(column: Column, row: Row) -> str:
+    return " ".join(column.cell(row).split()) or "-"
+
+
+def _floors(columns: Sequence[Column], widths: Sequence[int]) -> list[int]:
+    """How narrow each column may get."""
+    return [
+        natural if column.right or column.whole else min(natural, max(cell_len(column.title), _NARROWEST))
+        for column, natural in zip(columns, widths, strict=True)
     ]
 
 
@@ -96,13 +135,15 @@ def _line(
     return line
 
 
-def _fit(widths: list[int], fixed: Sequence[bool], room: int) -> None:
-    """Narrow columns until they fit: the last one first, down to a few words, then whichever is widest."""
+def _fit(widths: list[int], floors: Sequence[int], room: int) -> None:
+    """Narrow columns until they fit: the last one first, down to a few words, then whichever is widest. Below their
+    floors only where nothing else helps, and then the widest."""
     last = len(widths) - 1
     while sum(widths) > room:
-        give = [last] if widths[last] > 24 and not fixed[last] else [i for i in range(len(widths)) if not fixed[i]]
+        slack = [index for index in range(len(widths)) if widths[index] > floors[index]]
+        give = [last] if last in slack and widths[last] > 24 else slack or range(len(widths))
         widest = max(give, key=lambda index: widths[index])
-        if widths[widest] <= 8:
+        if widths[widest] <= 1:
             return
         widths[widest] -= 1
 
@@ -122,15 +163,24 @@ def table(
     indent: int = 0,
     wrap: bool = False,
 ) -> None:
-    """Print a table; ``wide`` adds the columns that say so and cuts nothing, ``wrap`` cuts nothing of the last one."""
+    """Print a table; ``wide`` adds the columns that say so, ``wrap`` cuts nothing of the last one.
+
+    On a terminal a line is never wider than that: cells are cut, and columns that find no room are left out and named.
+    """
     shown = [
         column
         for column in columns
         if (wide or not column.wide) and not (column.sparse and not any(column.cell(row) for row in rows))
     ]
-    width = console.width if console.is_terminal and not wide else None
+    width = console.width if console.is_terminal else None
+    hidden: list[Column] = []
+    if width is not None:
+        shown, hidden = that_fit(shown, rows, width - indent)
     for line in lines(shown, rows, width, indent, wrap):
         console.print(line)
+    if hidden:
+        names = ", ".join(column.title for column in hidden)
+        err().print(f"No room here for {names}: -o json has all.", style="dim", soft_wrap=False)
 
 
 def fields(console: Console, pairs: Sequence[tuple[str, str]], indent: int = 0) -> None:

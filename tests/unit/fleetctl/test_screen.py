@@ -1,9 +1,13 @@
 """Tables: aligned, cut only where there is a width, states in colour."""
 
+import io
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
 
 from fleetctl import screen
 from fleetctl.screen import Column
@@ -45,6 +49,55 @@ def test_a_line_break_in_a_value_breaks_no_row() -> None:
 def test_no_line_is_wider_than_the_terminal(names: list[str], about: str, width: int) -> None:
     for line in screen.lines(COLUMNS, [{"name": name, "about": about} for name in names], width):
         assert cell_len(line.plain) <= width
+
+
+WIDE = [
+    Column("NAME", lambda row: "edge-" + "1" * int(str(row.get("n", 1)))),
+    Column("SEEN", lambda _: "3s", right=True),
+    Column("VERSION", lambda _: "0.1.0", whole=True),
+    Column("HARDWARE", lambda _: "2 CPU, 25.3 GB, x86_64", wide=True),
+    Column("LOCAL-API", lambda _: "http://127.0.0.1:41123", wide=True, whole=True),
+    Column("REASON", lambda _: "silent for 35 s; its stream closed; 2 TTLs have passed", wide=True),
+    Column("LABELS", lambda _: "site=geneva,tier=demo"),
+]
+
+
+def shown(width: int, rows: list[dict[str, object]], capsys: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
+    """What a terminal of that width shows of ``-o wide``, and the note beside it."""
+    file = io.StringIO()
+    screen.table(Console(file=file, force_terminal=True, width=width, soft_wrap=True), WIDE, rows, True)
+    return Text.from_ansi(file.getvalue()).plain.splitlines(), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("width", "gone"),
+    [(200, ""), (120, "REASON"), (80, "HARDWARE, LOCAL-API, REASON"), (30, "HARDWARE, LOCAL-API, REASON, LABELS")],
+)
+def test_columns_without_room_give_way_whole_and_are_named(
+    width: int, gone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, note = shown(width, [{}], capsys)
+    assert len(lines) == 2, "nothing wraps"
+    assert all(cell_len(line) <= width for line in lines)
+    assert note == (f"No room here for {gone}: -o json has all.\n" if gone else "")
+    assert [title for title in gone.split(", ") if title in lines[0]] == ([""] if not gone else [])
+
+
+@given(st.integers(1, 60), st.integers(24, 220))
+def test_whatever_the_width_no_line_wraps_and_no_address_is_cut(name: int, width: int) -> None:
+    rows: list[dict[str, object]] = [{"n": name}, {"n": 1}]
+    kept, gone = screen.that_fit(WIDE, rows, width)
+    assert kept[0] is WIDE[0]
+    assert sorted(map(id, [*kept, *gone])) == sorted(map(id, WIDE))
+    for line in screen.lines(kept, rows, width)[1:]:
+        assert cell_len(line.plain) <= width
+        assert ("http" in line.plain) == ("http://127.0.0.1:41123" in line.plain)
+
+
+def test_a_pipe_gets_all_of_it() -> None:
+    file = io.StringIO()
+    screen.table(Console(file=file, width=20, soft_wrap=True), WIDE, [{}], True)
+    assert "2 TTLs have passed   site=geneva,tier=demo" in file.getvalue()
 
 
 @pytest.mark.parametrize(
