@@ -71,7 +71,7 @@ def shown(width: int, rows: list[dict[str, object]], capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(
     ("width", "gone"),
-    [(200, ""), (120, "REASON"), (80, "HARDWARE, LOCAL-API, REASON"), (30, "HARDWARE, LOCAL-API, REASON, LABELS")],
+    [(200, ""), (100, ""), (80, "REASON"), (60, "LOCAL-API, REASON"), (30, "HARDWARE, LOCAL-API, REASON, LABELS")],
 )
 def test_columns_without_room_give_way_whole_and_are_named(
     width: int, gone: str, capsys: pytest.CaptureFixture[str]
