@@ -15,10 +15,14 @@ from slmfleet.units import format_size
 # Bytes of one element of the key-value cache, block overhead included.
 KV_ELEMENT_BYTES = {"": 2.0, "f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32, "q4_1": 20 / 32}
 # An interpreter with its runtime loaded and no model: private memory of a worker with a model of 200 kB.
-RUNTIME_BYTES = {"gguf": 34 * 10**6, "onnx-genai": 62 * 10**6}
+RUNTIME_BYTES = {"gguf": 34 * 10**6, "onnx-genai": 62 * 10**6, "onnx": 58 * 10**6, "upstream": 24 * 10**6}
 _RUNTIME_BYTES_DEFAULT = 32 * 10**6
 # genai unpacks weights while it prefills and keeps part of that: 199 MB resident for 90 MB on disk.
-_WEIGHT_FACTOR = {"onnx-genai": 1.3}
+# onnxruntime unfolds an encoder's int8 weights to float32: 107 MB resident for MiniLM's 23 MB.
+_WEIGHT_FACTOR = {"onnx-genai": 1.3, "onnx": 4.7}
+# An encoder reads at most so many tokens at once, padding included; its states and attention then take this many
+# floats for each token and each element of the state (MiniLM: 215 MB).
+_ENCODER_TOKENS, _ENCODER_FLOATS = 512, 280
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ def estimate(
     per_token = sum(facts.kv_heads) * (facts.key_size + facts.value_size) * element
     # Logits of a chunk and a handful of activations as float32.
     compute = prefill_chunk * 4 * (facts.vocabulary + 16 * facts.embedding)
+    if model_format == "onnx":
+        compute = min(context_tokens, _ENCODER_TOKENS) * 4 * _ENCODER_FLOATS * facts.embedding
     return Estimate(
         weights=weights,
         kv_cache=int(per_token * context_tokens * slots),

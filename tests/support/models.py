@@ -26,10 +26,11 @@ _TEMPLATE = (
 )
 
 
-def make_tiny_gguf(path: Path) -> Path:
+def make_tiny_gguf(path: Path, *, pooled: bool = False) -> Path:
     """Write a Llama of random weights (2 layers of 64, one token per byte, context 512): 220 kB, loads in 15 ms.
 
-    Its text is noise, the same on every machine for temperature 0.
+    Its text is noise, the same on every machine for temperature 0. ``pooled``: it gives embeddings instead, the means
+    of its states.
     """
     import gguf
     import numpy as np
@@ -39,6 +40,8 @@ def make_tiny_gguf(path: Path) -> Path:
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name("tiny")
     writer.add_context_length(TINY_CONTEXT)
+    if pooled:
+        writer.add_pooling_type(gguf.PoolingType.MEAN)
     writer.add_embedding_length(_HIDDEN)
     writer.add_block_count(_LAYERS)
     writer.add_feed_forward_length(_FEED_FORWARD)

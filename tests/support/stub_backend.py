@@ -55,9 +55,10 @@ class StubBackend:
         return Loaded(slots=self._options.get("slots", spec.slots), context_tokens=spec.context_tokens)
 
     def generate(self, body: Mapping[str, Any], sink: Sink) -> Finish:
-        content = body["messages"][-1]["content"]
+        messages = body.get("messages") or [{"content": body["prompt"]}]
+        content = messages[-1]["content"]
         options = {**self._options, **(json.loads(content) if content.startswith("{") else {})}
-        prompt = sum(len(str(message["content"]).split()) for message in body["messages"])
+        prompt = sum(len(str(message["content"]).split()) for message in messages)
         if prompt >= self._context:
             raise context_exceeded(prompt, self._context)
         started = time.monotonic()
@@ -79,7 +80,7 @@ class StubBackend:
         decoded = time.monotonic() - prefilled
         return Finish("length", prompt, count, prefill_s=prefilled - started, decode_s=decoded)
 
-    def embed(self, inputs: Sequence[str]) -> tuple[list[list[float]], int]:
+    def embed(self, inputs: Sequence[str], sink: Sink) -> tuple[list[list[float]], int]:
         return [[float(len(text)), 1.0] for text in inputs], sum(len(text.split()) for text in inputs)
 
     def count_tokens(self, text: str) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agentd.models.inspect import ModelFacts, inspect_gguf, inspect_onnx_genai
+from agentd.models.inspect import ModelFacts, inspect_gguf, inspect_onnx, inspect_onnx_genai, inspect_upstream
 
 if TYPE_CHECKING:
     from agentd.models.backends.base import Backend
@@ -26,6 +26,12 @@ class Format:
     # The extra of this package that brings the runtime.
     extra: str
     inspect: Callable[[Path], ModelFacts]
+    # Modules that it needs beside.
+    more: tuple[str, ...] = ()
+
+    def is_installed(self) -> bool:
+        """True if a worker could import what it needs; nothing is imported here."""
+        return all(importlib.util.find_spec(module) for module in (self.runtime, *self.more))
 
 
 FORMATS: Mapping[str, Format] = {
@@ -33,12 +39,17 @@ FORMATS: Mapping[str, Format] = {
     "onnx-genai": Format(
         "agentd.models.backends.onnx_genai:OnnxGenai", "onnxruntime_genai", "onnx", inspect_onnx_genai
     ),
+    "onnx": Format(
+        "agentd.models.backends.onnx_encoder:OnnxEncoder", "onnxruntime", "onnx", inspect_onnx, ("tokenizers", "numpy")
+    ),
+    # The runtime is elsewhere; h11 reads what it says.
+    "upstream": Format("agentd.models.backends.upstream:UpstreamServer", "h11", "upstream", inspect_upstream),
 }
 
 
 def available_formats(more: Mapping[str, str] | None = None) -> frozenset[str]:
     """Formats that can be loaded here, found without importing a runtime. ``more``: HostSettings.backends."""
-    found = {name for name, form in FORMATS.items() if importlib.util.find_spec(form.runtime)}
+    found = {name for name, form in FORMATS.items() if form.is_installed()}
     return frozenset(found | set(more or {}))
 
 

@@ -50,13 +50,15 @@ class Finish:
 
 
 class RequestError(Exception):
-    """The request is at fault and nothing of it ran. ``status`` and ``code`` as in ``types.Refused``."""
+    """The request is at fault and nothing of it ran. ``status``, ``code`` and ``retry_after_s`` as in
+    ``types.Refused``."""
 
-    def __init__(self, code: str, message: str, status: int = 400) -> None:
+    def __init__(self, code: str, message: str, status: int = 400, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.status = status
+        self.retry_after_s = retry_after_s
 
 
 def context_exceeded(prompt_tokens: int, context_tokens: int) -> RequestError:
@@ -66,6 +68,20 @@ def context_exceeded(prompt_tokens: int, context_tokens: int) -> RequestError:
         f"the prompt has {prompt_tokens} tokens and this model's context holds {context_tokens}, the answer included; "
         "shorten the messages or use a model with a larger context",
     )
+
+
+def input_too_long(index: int, tokens: int, context_tokens: int) -> RequestError:
+    """The one sentence for an input of an embedding or classification that does not fit."""
+    return RequestError(
+        "context_length_exceeded",
+        f"input {index} has {tokens} tokens and this model reads {context_tokens} at once; split it",
+    )
+
+
+def refuse_several(body: Mapping[str, Any]) -> None:
+    """A request is one answer; whoever wants several (``n``) sends it several times, and the prefix is cached."""
+    if body.get("n") not in (None, 1):
+        raise RequestError("unsupported_value", "`n` can only be 1 for one run of a model")
 
 
 class Sink(Protocol):
@@ -95,8 +111,9 @@ class Backend(Protocol):
         """Serve one OpenAI chat-completions request. Raises RequestError if it is at fault."""
         ...
 
-    def embed(self, inputs: Sequence[str]) -> tuple[list[list[float]], int]:
-        """Vectors of the inputs, and their tokens. Raises RequestError where the model has none."""
+    def embed(self, inputs: Sequence[str], sink: Sink) -> tuple[list[list[float]], int]:
+        """Vectors of the inputs, and their tokens. ``sink`` is told of progress only; after it said "cancelled" the
+        vectors may be fewer. Raises RequestError where the model has none."""
         ...
 
     def count_tokens(self, text: str) -> int:

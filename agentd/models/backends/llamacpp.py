@@ -9,23 +9,47 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import xllamacpp
 
-from agentd.models.backends.base import Finish, Loaded, LoadSpec, RequestError, Sink, context_exceeded
+from agentd.models.backends.base import (
+    Finish,
+    Loaded,
+    LoadSpec,
+    RequestError,
+    Sink,
+    context_exceeded,
+    input_too_long,
+    refuse_several,
+)
+from agentd.models.backends.schema import constraint
+from agentd.models.inspect.gguf import is_embedding_gguf
 
 # What of a request reaches the server: it knows many more keys, some of which reach into its slots and files.
 _PASSED = frozenset(
     {
-        *("messages", "max_tokens", "stop", "seed", "temperature", "top_p", "top_k", "min_p", "typical_p"),
+        *("messages", "prompt", "max_tokens", "stop", "seed", "temperature", "top_p", "top_k", "min_p", "typical_p"),
         *("response_format", "grammar", "tools", "tool_choice", "parallel_tool_calls", "logprobs", "top_logprobs"),
         *("logit_bias", "presence_penalty", "frequency_penalty", "repeat_penalty", "repeat_last_n", "ignore_eos"),
         "chat_template_kwargs",
     }
 )
+# Keywords of JSON Schema that llama.cpp's grammar generator (common/json-schema-to-grammar.cpp) passes over in silence.
+_UNENFORCED = frozenset(
+    {
+        *("not", "if", "then", "else", "dependentSchemas", "dependentRequired", "dependencies", "patternProperties"),
+        *("propertyNames", "minProperties", "maxProperties", "contains", "minContains", "maxContains", "uniqueItems"),
+        *("multipleOf", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "pattern.unanchored"),
+        *("number.minimum", "number.maximum", "number.exclusiveMinimum", "number.exclusiveMaximum"),
+    }
+)
+# An input of an embedding model is read in one batch, whose buffers grow with it.
+_MAX_EMBED_TOKENS = 2048
+_TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large")
 _SOCKET = "llama.sock"
 _CACHE_TYPES = {
     "f32": "GGML_TYPE_F32", "f16": "GGML_TYPE_F16", "bf16": "GGML_TYPE_BF16", "q8_0": "GGML_TYPE_Q8_0",
@@ -38,6 +62,8 @@ class LlamaCpp:
 
     def __init__(self) -> None:
         self._server: Any = None
+        self._embeds = False
+        self._context = 0
 
     def load(self, spec: LoadSpec) -> Loaded:
         if spec.adapters or spec.draft:
@@ -45,25 +71,59 @@ class LlamaCpp:
         # Left by nobody but an earlier process in the same folder; a stale socket can't be bound again.
         if os.path.exists(_SOCKET):
             os.unlink(_SOCKET)
+        self._embeds = is_embedding_gguf(spec.entry)
+        self._context = min(spec.context_tokens, _MAX_EMBED_TOKENS) if self._embeds else spec.context_tokens
+        parameters = _parameters(spec)
+        if self._embeds:
+            parameters.embedding = True
+            parameters.n_ctx = self._context * spec.slots
+            parameters.n_batch = parameters.n_ubatch = self._context
         try:
-            self._server = xllamacpp.Server(_parameters(spec))
+            self._server = xllamacpp.Server(parameters)
         except RuntimeError:
             # Its text is always the same; what went wrong stands on standard error, which agentd reads.
             raise RuntimeError("llama.cpp can't load the model") from None
         os.chmod(_SOCKET, 0o600)
-        return Loaded(slots=spec.slots, context_tokens=spec.context_tokens)
+        return Loaded(slots=spec.slots, context_tokens=self._context)
 
     def generate(self, body: Mapping[str, Any], sink: Sink) -> Finish:
+        if self._embeds:
+            raise RequestError("unsupported", "this model gives embeddings, no text: ask /v1/embeddings")
+        refuse_several(body)
+        schema = constraint(body, _UNENFORCED)
         answer = _Answer(sink)
         try:
-            self._server.handle_chat_completions(_request(body), answer.take)
+            handle = self._server.handle_completions if "prompt" in body else self._server.handle_chat_completions
+            handle(_request(body, schema), answer.take)
         except ValueError as error:
             # Raised before anything runs: a schema, grammar or template that does not compile.
+            if schema is not None:
+                raise RequestError("invalid_schema", f"the JSON Schema can't be used: {error}") from None
             raise RequestError("invalid_request", f"the model can't take this request: {error}") from None
         return answer.finish()
 
-    def embed(self, inputs: Sequence[str]) -> tuple[list[list[float]], int]:
-        raise RequestError("unsupported", "this model was loaded for text generation; it gives no embeddings")
+    def embed(self, inputs: Sequence[str], sink: Sink) -> tuple[list[list[float]], int]:
+        if not self._embeds:
+            raise RequestError("unsupported", "this model was made for text generation; it gives no embeddings")
+        vectors, tokens = [], 0
+        # One at a time: an error then names its input, and a cancellation is seen between two of them.
+        for index, text in enumerate(inputs):
+            answer = self._server.handle_embeddings({"input": [text]})
+            if error := answer.get("error"):
+                raise self._embed_error(index, str(error.get("message", "")), error.get("code"))
+            vectors.append(answer["data"][0]["embedding"])
+            read = answer["usage"]["prompt_tokens"]
+            tokens += read
+            if sink.progress(read):
+                break
+        return vectors, tokens
+
+    def _embed_error(self, index: int, message: str, code: Any) -> Exception:
+        if found := _TOO_LARGE.search(message):
+            return input_too_long(index, int(found[1]), self._context)
+        if code == 400:
+            return RequestError("invalid_request", f"input {index} can't be embedded: {message}")
+        return RuntimeError(message)
 
     def count_tokens(self, text: str) -> int:
         connection = http.client.HTTPConnection("worker")
@@ -114,8 +174,13 @@ def _parameters(spec: LoadSpec) -> Any:
     return parameters
 
 
-def _request(body: Mapping[str, Any]) -> dict[str, Any]:
+def _request(body: Mapping[str, Any], schema: Mapping[str, Any] | None) -> dict[str, Any]:
     request = {key: value for key, value in body.items() if key in _PASSED and value is not None}
+    request.pop("response_format", None)
+    if schema is not None:
+        # Of the forms that clients write, only these are constrained whatever is in them.
+        form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema)}}
+        request |= {"json_schema": dict(schema)} if "prompt" in body else {"response_format": form}
     if (limit := body.get("max_completion_tokens")) is not None:
         request["max_tokens"] = limit
     request["stream"] = True
@@ -151,7 +216,8 @@ class _Answer:
         for choice in part.get("choices", ()):
             if choice.get("finish_reason"):
                 self._reason = choice["finish_reason"]
-            delta = choice.get("delta") or {}
+            # A completion has its text beside the index, a chat in its delta.
+            delta = choice.get("delta") or {"content": choice.get("text")}
             if delta.keys() <= {"role", "content"}:
                 if text := delta.get("content"):
                     cancelled = self._sink.text(text, 1, choice.get("logprobs"))

@@ -166,14 +166,18 @@ def _run(backend: Backend, task: Task, request: WorkerRequest) -> WorkerReply:
         return WorkerReply(request_id=task.id, done=WorkerReply.Done(finish_reason="cancelled"))
     try:
         if request.WhichOneof("message") == "embed":
-            vectors, tokens = backend.embed(list(request.embed.input))
-            embeddings = [WorkerReply.Vector(values=values) for values in vectors]
-            done = WorkerReply.Done(finish_reason="stop", prompt_tokens=tokens, embeddings=embeddings)
+            vectors, tokens = backend.embed(list(request.embed.input), task)
+            done = _done(Finish("stop", tokens, 0), task.cancelled)
+            # After a cancellation some may be missing, and nobody waits for the others.
+            if done.finish_reason == "stop":
+                done.embeddings.extend(WorkerReply.Vector(values=values) for values in vectors)
         else:
             done = _done(backend.generate(json.loads(request.generate.body), task), task.cancelled)
         return WorkerReply(request_id=task.id, done=done)
     except RequestError as error:
-        failed = WorkerReply.Failed(status=error.status, code=error.code, message=error.message)
+        failed = WorkerReply.Failed(
+            status=error.status, code=error.code, message=error.message, retry_after_seconds=error.retry_after_s or 0.0
+        )
     except Exception as error:  # noqa: BLE001 - one request's failure must not end the others
         # Without the exception's text, which may quote the prompt: that goes to the caller only.
         traceback.print_tb(error.__traceback__)

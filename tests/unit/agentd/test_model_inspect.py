@@ -96,7 +96,7 @@ def test_facts_of_onnx_genai(tmp_path: Path):
     ("text", "words"),
     [
         (None, "has no genai_config.json"),
-        ("{", "is no configuration of a text model"),
+        ("{", "is no JSON"),
         ('{"model": {}}', "KeyError at 'decoder'"),
         (json.dumps(GENAI), "names model.onnx, which is not in the folder"),
     ],
