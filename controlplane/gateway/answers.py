@@ -18,6 +18,8 @@ _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permi
           500: "server_error", 502: "server_error", 503: "service_unavailable_error", 504: "timeout_error"}  # fmt: skip
 # The largest server-sent event that is held back until it is complete.
 _MAX_EVENT = 1 << 20
+# The last event of a stream: of completions, of responses. Text of the model has no line of its own.
+_LAST = re.compile(rb"^(?:data: \[DONE\]|event: response\.(?:completed|incomplete|failed))\r?$", re.MULTILINE)
 _TOKENS = re.compile(rb'"(prompt|completion)_tokens"\s*:\s*(\d+)')
 
 
@@ -63,13 +65,15 @@ class ApiError(Exception):
 
 
 class Answer:
-    """Sends one response; knows whether it has begun."""
+    """Sends one response; knows whether it has begun, and whether the caller was given all that there is to say:
+    clients leave after the last event of a stream, before the stream itself ends."""
 
-    __slots__ = ("_send", "ended", "started")
+    __slots__ = ("_send", "complete", "ended", "started")
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False
+        self.complete = False
         self.ended = False
 
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
@@ -80,11 +84,13 @@ class Answer:
     async def chunk(self, body: bytes) -> None:
         """A piece of the body, sent at once."""
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        self.complete = self.complete or _LAST.search(body) is not None
 
     async def end(self, body: bytes = b"") -> None:
         """The last piece."""
         self.ended = True
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        self.complete = True
 
     async def whole(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
         """A complete answer."""

@@ -127,7 +127,7 @@ class Gateway:
                     deadline=arrived + self._timeout_s(headers),
                     answer_headers=own,
                 )
-                result = await _unless_gone(receive, self._forwarder.forward(request, found, answer))
+                result = await _unless_gone(receive, answer, self._forwarder.forward(request, found, answer))
             else:
                 _require(scope["method"], "GET")
                 await answer.whole(200, [_JSON, *own], self._models(path))
@@ -284,13 +284,15 @@ def _model(target: Target) -> dict[str, Any]:
     return {"id": target.name, "object": "model", "created": target.created_s, "owned_by": "slmfleet"}
 
 
-async def _unless_gone(receive: Receive, work: Awaitable[str]) -> str:
-    """Do the work, and cancel it when the caller leaves: the node must not generate for nobody."""
+async def _unless_gone(receive: Receive, answer: Answer, work: Awaitable[str]) -> str:
+    """Do the work, and cancel it when the caller leaves: the node must not generate for nobody. A caller that leaves
+    with the complete answer cancels nothing: what is left of the work is to see the exchange end and to count it."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        raise _ClientGone
+        if not answer.complete:
+            raise _ClientGone
 
     try:
         async with asyncio.TaskGroup() as group:

@@ -156,10 +156,12 @@ class Forwarder:
                 if complete := events.feed(chunk):
                     await answer.chunk(complete)
         except RelayError as error:
-            log.warning("stream broke", target=target.name, code=error.code)
-            lost = ApiError(502, error.code, f"the answer broke off: {error.message}")
-            await answer.end(error_event(lost))
-            return "broken"
+            # After the last event only the end of the exchange was lost.
+            if not answer.complete:
+                log.warning("stream broke", target=target.name, code=error.code)
+                lost = ApiError(502, error.code, f"the answer broke off: {error.message}")
+                await answer.end(error_event(lost))
+                return "broken"
         await answer.end(events.rest())
         self._count_tokens(target, tokens)
         return "ok" if response.status < 400 else "client_error"

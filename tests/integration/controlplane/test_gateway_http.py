@@ -451,6 +451,59 @@ def test_a_caller_that_leaves_stops_the_node(migrated_postgres_url: str, tmp_pat
     scenario(migrated_postgres_url, tmp_path, test)
 
 
+@pytest.mark.parametrize("link_lost", [False, True])
+def test_a_caller_that_leaves_with_the_whole_answer_was_answered(
+    migrated_postgres_url: str, tmp_path: Path, link_lost: bool
+) -> None:
+    """Clients close the connection at ``[DONE]``, before the node has ended the exchange."""
+
+    async def test(there: Front) -> None:
+        left = asyncio.Event()
+
+        async def handle(exchange: NodeExchange) -> None:
+            await exchange.head(200, content_type=SSE)
+            usage = {"prompt_tokens": 7, "completion_tokens": 3}
+            await exchange.data(event("all of it", usage=usage) + b"data: [DONE]\n\n")
+            await left.wait()
+            if link_lost:
+                await exchange.reset("internal", "lost its end")
+            else:
+                await exchange.end()
+
+        node = await there.rig.enrolled("edge-1")
+        async with node.relay(handle) as relay:
+            await there.deploy("greeter", node)
+            gone, serve = asyncio.Event(), Gateway.__call__
+
+            async def watched(self: Gateway, scope: Any, receive: Any, send: Any) -> None:
+                async def receiving() -> Any:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        gone.set()
+                    return message
+
+                await serve(self, scope, receiving, send)
+
+            body = {"model": "greeter", "stream": True}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Gateway, "__call__", watched)
+                async with there.http.stream("POST", "/v1/chat/completions", json=body) as response:
+                    async for line in response.aiter_lines():
+                        if line == "data: [DONE]":
+                            break
+                # The gateway sees that the caller has left; then the node ends, too late to be passed on.
+                await asyncio.wait_for(gone.wait(), 5)
+                left.set()
+            await eventually(lambda: 'result="ok"} 1' in there.gateway.metrics_text())
+            told = there.gateway.metrics_text()
+            assert "cancelled" not in told
+            assert 'kind="completion"} 3' in told
+            assert "slmfleet_gateway_outstanding 0" in told
+            assert relay.resets.empty()
+
+    scenario(migrated_postgres_url, tmp_path, test)
+
+
 def test_a_deadline_ends_the_wait(migrated_postgres_url: str, tmp_path: Path) -> None:
     async def test(there: Front) -> None:
         async def hang(exchange: NodeExchange) -> None:
