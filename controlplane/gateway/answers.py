@@ -20,7 +20,9 @@ _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permi
 _MAX_EVENT = 1 << 20
 # The last event of a stream: of completions, of responses. Text of the model has no line of its own.
 _LAST = re.compile(rb"^(?:data: \[DONE\]|event: response\.(?:completed|incomplete|failed))\r?$", re.MULTILINE)
-_TOKENS = re.compile(rb'"(prompt|completion)_tokens"\s*:\s*(\d+)')
+# Responses say input and output where all others say prompt and completion.
+_TOKENS = re.compile(rb'"(prompt|completion|input|output)_tokens"\s*:\s*(\d+)')
+_KINDS = {b"prompt": "prompt", b"input": "prompt", b"completion": "completion", b"output": "completion"}
 
 
 class ApiError(Exception):
@@ -145,4 +147,4 @@ def tokens_in(chunk: bytes) -> dict[str, int]:
     """
     if b"_tokens" not in chunk:
         return {}
-    return {kind.decode(): int(count) for kind, count in _TOKENS.findall(chunk)}
+    return {_KINDS[kind]: int(count) for kind, count in _TOKENS.findall(chunk)}

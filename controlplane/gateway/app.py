@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application: ``/v1/chat/completions`` and ``/v1/models`` for the whole fleet.
+"""The gateway as an ASGI application: OpenAI's paths (see PASSED) and ``/v1/models`` for the whole fleet.
 
 Plain ASGI without a framework or validation of bodies: what a request may say is the node's business; the gateway reads
 ``model`` and passes the rest on unread.
@@ -33,6 +33,8 @@ _ROLES = frozenset({"admin", "gateway"})
 # Request headers that travel to the node. The caller's key never does.
 _TRAVEL = frozenset({b"idempotency-key", b"traceparent", b"tracestate"})
 _JSON = (b"content-type", b"application/json")
+# What is passed on to a node, chosen by ``model``.
+PASSED = frozenset({"/chat/completions", "/completions", "/embeddings", "/responses"})
 
 
 class Principal(Protocol):
@@ -114,13 +116,13 @@ class Gateway:
         try:
             await self._authenticate(headers)
             path = _path(scope)
-            if path == "/chat/completions":
+            if path in PASSED:
                 _require(scope["method"], "POST")
                 body = await self._read(receive)
                 found = self._find(_model_of(body))
                 target = found.name
                 request = Request(
-                    path="/v1/chat/completions",
+                    path=f"/v1{path}",
                     headers=_node_headers(headers, request_id),
                     body=body,
                     arrived=arrived,
@@ -218,7 +220,8 @@ class Gateway:
             return json.dumps({"object": "list", "data": data}).encode()
         if path.startswith("/models/"):
             return json.dumps(_model(self._find(path.removeprefix("/models/")))).encode()
-        message = f"there is no /v1{path} here: see /v1/models and /v1/chat/completions"
+        known = ", ".join(f"/v1{one}" for one in sorted(PASSED))
+        message = f"there is no /v1{path} here: there are {known} and /v1/models"
         raise ApiError(404, "not_found", message)
 
     def _timeout_s(self, headers: dict[bytes, bytes]) -> float:

@@ -204,6 +204,53 @@ def test_the_openai_client_gets_answers(migrated_postgres_url: str, tmp_path: Pa
     scenario(migrated_postgres_url, tmp_path, test)
 
 
+def test_every_path_is_passed_on_by_its_model(migrated_postgres_url: str, tmp_path: Path) -> None:
+    response = {"id": "resp_1", "object": "response", "created_at": 1, "model": "bare", "output": [],
+                "status": "completed", "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+                "usage": {"input_tokens": 5, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 4,
+                          "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 9}}  # fmt: skip
+    answers = {
+        "/v1/completions": {"id": "c", "object": "text_completion", "created": 1, "model": "bare",
+                            "choices": [{"index": 0, "text": "on", "finish_reason": "stop", "logprobs": None}]},
+        "/v1/embeddings": {"object": "list", "model": "bare", "usage": {"prompt_tokens": 1, "total_tokens": 1},
+                           "data": [{"object": "embedding", "index": 0, "embedding": [0.5, 1.0]}]},
+        "/v1/responses": response,
+    }  # fmt: skip
+
+    async def handle(exchange: NodeExchange) -> None:
+        body = json.loads(await exchange.read())
+        assert exchange.opening.method == "POST"
+        if body.get("stream"):
+            await exchange.head(200, content_type=SSE)
+            first = {"type": "response.created", "sequence_number": 0, "response": {**response, "usage": None}}
+            last = {"type": "response.completed", "sequence_number": 1, "response": response}
+            for one in (first, last):
+                await exchange.data(f"event: {one['type']}\ndata: {json.dumps(one)}\n\n".encode())
+            await exchange.end()
+            return
+        await exchange.answer(200, json.dumps(answers[exchange.opening.path]).encode(), content_type="application/json")
+
+    async def test(there: Front) -> None:
+        node = await there.rig.enrolled("edge-1")
+        async with node.relay(handle):
+            await there.deploy("bare", node, agent=None)
+            raw = await there.openai.completions.with_raw_response.create(model="bare", prompt="go")
+            assert raw.parse().choices[0].text == "on"
+            assert raw.headers["x-slmfleet-node"] == "edge-1"
+            vectors = await there.openai.embeddings.create(model="bare", input="x", encoding_format="float")
+            assert vectors.data[0].embedding == [0.5, 1.0]
+            assert (await there.openai.responses.create(model="bare", input="hi")).status == "completed"
+            async with there.openai.responses.stream(model="bare", input="hi") as stream:
+                kinds = [one.type async for one in stream]
+            assert kinds == ["response.created", "response.completed"]
+            await eventually(lambda: 'kind="completion"} 8' in there.gateway.metrics_text())
+            assert 'kind="prompt"} 11' in there.gateway.metrics_text()
+            with pytest.raises(openai.NotFoundError, match="did you mean bare"):
+                await there.openai.embeddings.create(model="bar", input="x")
+
+    scenario(migrated_postgres_url, tmp_path, test)
+
+
 def test_chunks_pass_as_they_come(migrated_postgres_url: str, tmp_path: Path) -> None:
     async def test(there: Front) -> None:
         go_on = asyncio.Event()
@@ -270,7 +317,8 @@ def test_bad_requests_are_told_so(migrated_postgres_url: str, tmp_path: Path) ->
                     "invalid_api_key",
                 ),
                 (await there.http.get("/v1/chat/completions"), 405, "method_not_allowed"),
-                (await there.http.get("/v1/embeddings"), 404, "not_found"),
+                (await there.http.get("/v1/files"), 404, "not_found"),
+                (await there.http.get("/v1/embeddings"), 405, "method_not_allowed"),
                 (
                     await post("/v1/chat/completions", json={"model": "greeter"}, headers={"x-slmfleet-timeout": "x"}),
                     400,
