@@ -233,7 +233,8 @@ async def store(engine: AsyncEngine, decoded: Sequence[DecodedBatch | PresenceSe
                 await telemetry.record_presence(connection, value.node_id, value.online, value.session_epoch)
         known = [batch for batch in batches if batch.node_id in names]
         outcome = await _store_batches(connection, known, names) if known else Outcome()
-    strangers = {value.node_id for value in decoded} - names.keys()
+    # A broker keeps the presence of nodes that were deleted and tells it with each connection: nobody's fault.
+    strangers = {batch.node_id for batch in batches} - names.keys()
     unknown = BadMessage(Reason.UNKNOWN_NODE, "no such node, or one that was revoked")
     return Outcome(
         outcome.acknowledged, outcome.fresh, [*outcome.refused, *((node_id, unknown) for node_id in sorted(strangers))]

@@ -168,6 +168,20 @@ def test_bad_messages_are_counted_and_do_no_harm(migrated_postgres_url: str, mqt
     asyncio.run(scenario())
 
 
+def test_the_presence_of_a_deleted_node_is_passed_over(migrated_postgres_url: str, mqtt: Mqtt) -> None:
+    """A broker keeps it, and tells it each time the ingester connects."""
+
+    async def scenario() -> None:
+        async with Fleet(migrated_postgres_url, mqtt).running() as fleet:
+            fleet.send("presence", pb.Presence(online=True).SerializeToString(), node_id="deleted", retain=True)
+            fleet.send("metrics", metrics(1, 1))
+            await fleet.acks.next()
+            fleet.send("presence", b"", node_id="deleted", retain=True)
+            assert fleet.ingest.counters.bad.keys() == {"malformed"}
+
+    asyncio.run(scenario())
+
+
 def test_presence_is_stored_hinted_and_an_old_last_will_is_passed_over(migrated_postgres_url: str, mqtt: Mqtt) -> None:
     async def scenario() -> None:
         async with Fleet(migrated_postgres_url, mqtt).running() as fleet:
