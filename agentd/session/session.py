@@ -22,6 +22,7 @@ from agentd.identity.files import Identity
 from agentd.session.backoff import invited_delay_s, reconnect_delay_s
 from agentd.session.channel import open_channel
 from agentd.session.operations import Operations
+from agentd.store.database import STORAGE_ERRORS
 from slmfleet import logs
 from slmfleet.v1 import session_pb2 as pb
 from slmfleet.v1 import session_pb2_grpc, state_pb2
@@ -32,6 +33,8 @@ WELCOME_TIMEOUT_S = 15.0
 # Status changes within this time travel in one message.
 COALESCE_S = 0.1
 QUEUE_LENGTH = 64
+# A desired state that could not be stored is tried again after this long.
+STORE_AGAIN_S = 5.0
 
 
 class LinkLost(Exception):
@@ -93,6 +96,9 @@ class Session:
         # Fields of Hello that do not change while agentd runs.
         self._hello = hello
         self._operations = Operations()
+        # The newest desired state that came and is not judged yet: latest wins.
+        self._offered: state_pb2.DesiredState | None = None
+        self._offer_came = asyncio.Event()
         self.link = Link()
 
     async def run(self) -> None:
@@ -145,12 +151,14 @@ class Session:
         log.info("session opened", epoch=welcome.session_epoch, beat_s=welcome.beat_s, ttl_s=welcome.ttl_s)
         self._callbacks.welcomed(welcome)
         outgoing: asyncio.Queue[pb.Up] = asyncio.Queue(QUEUE_LENGTH)
+        self._offered = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._read(call, outgoing, max(welcome.ttl_s, 1.0)), name="session reader")
                 tasks.create_task(self._write(call, outgoing), name="session writer")
                 tasks.create_task(self._beat(outgoing, max(welcome.beat_s, 0.05)), name="session beat")
                 tasks.create_task(self._tell(outgoing), name="session statuses")
+                tasks.create_task(self._store(outgoing), name="session desired state")
                 tasks.create_task(self._callbacks.relay(channel), name="relay")
         except ExceptionGroup as group:
             expected, bugs = group.split(_EXPECTED)
@@ -186,7 +194,8 @@ class Session:
     async def _handle(self, message: pb.Down, outgoing: asyncio.Queue[pb.Up]) -> None:
         match message.WhichOneof("message"):
             case "desired_state":
-                await outgoing.put(pb.Up(applied=await self._apply(message.desired_state)))
+                self._offered = message.desired_state
+                self._offer_came.set()
             case "operation":
                 result = self._operations.answer(message.operation, wall_s())
                 if result is not None:
@@ -201,12 +210,33 @@ class Session:
                 # Pong, and what a newer control plane may say: the message itself is the sign of life.
                 pass
 
+    async def _store(self, outgoing: asyncio.Queue[pb.Up]) -> None:
+        """Judge and store what is offered, and say so; again and again while the disk is full, the newest only."""
+        failed: state_pb2.DesiredState | None = None
+        told = pb.Applied()
+        while True:
+            await self._offer_came.wait()
+            self._offer_came.clear()
+            offered = self._offered
+            if offered is None:
+                continue
+            again = offered is failed
+            try:
+                answer = await self._apply(offered)
+                if offered is self._offered:
+                    self._offered = None
+            except STORAGE_ERRORS as error:
+                failed = offered
+                answer = _refusal(offered, f"cannot store the desired state: {error}; free some space on the node")
+                asyncio.get_running_loop().call_later(STORE_AGAIN_S, self._offer_came.set)
+            if not again or answer != told:
+                await outgoing.put(pb.Up(applied=answer))
+            told = answer
+
     async def _apply(self, offered: state_pb2.DesiredState) -> pb.Applied:
         verdict = await self._desired.offer(offered)
         if isinstance(verdict, Refuse):
-            return pb.Applied(
-                timeline=offered.timeline, generation=offered.generation, sha256=offered.sha256, refused=verdict.reason
-            )
+            return _refusal(offered, verdict.reason)
         return pb.Applied(timeline=offered.timeline, generation=offered.generation, sha256=offered.sha256)
 
     async def _write(self, call: Any, outgoing: asyncio.Queue[pb.Up]) -> None:
@@ -241,6 +271,10 @@ async def _reports(board: StatusBoard) -> AsyncIterator[pb.StatusReport]:
             if news:
                 yield pb.StatusReport(statuses=news)
         told = current
+
+
+def _refusal(offered: state_pb2.DesiredState, reason: str) -> pb.Applied:
+    return pb.Applied(timeline=offered.timeline, generation=offered.generation, sha256=offered.sha256, refused=reason)
 
 
 def _welcome(message: Any) -> pb.Welcome:

@@ -48,6 +48,9 @@ _STEPS = (
     """,
 )
 
+# A disk that is full, fails or went read-only. What was committed stays; whoever meets one tries again later.
+STORAGE_ERRORS = (OSError, sqlite3.OperationalError)
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -107,10 +110,12 @@ def transaction(connection: sqlite3.Connection) -> Any:
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
+        connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        # A COMMIT that found the disk full leaves the transaction open; after other errors SQLite has ended it itself.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
         raise
-    connection.execute("COMMIT")
 
 
 def get_meta(connection: sqlite3.Connection, key: str) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from agentd.device.clock import boottime_s
+from agentd.store.database import STORAGE_ERRORS
 from agentd.store.outbox import Outbox, SealedBatch
 from agentd.telemetry.window import Window
 from slmfleet import logs
@@ -50,6 +51,9 @@ class Publisher:
 
     def use(self, endpoint: session_pb2.MqttEndpoint, session_epoch: int) -> None:
         """Publish there from now on."""
+        # Acknowledgements come over the session: those of the last one may be lost, and the batches they were for would
+        # wait for REPEAT_S. The server drops what it has.
+        self._fresh = self._fresh or session_epoch != self._session_epoch
         self._endpoint = endpoint
         self._session_epoch = session_epoch
         self.poke()
@@ -57,8 +61,12 @@ class Publisher:
     async def acknowledge(self, ack: session_pb2.OutboxAck) -> None:
         """The server committed these batches."""
         ranges = [(item.first, item.last) for item in ack.ranges]
-        if ranges:
-            await self._outbox.acknowledge(ack.stream, ack.epoch, ranges)
+        try:
+            if ranges:
+                await self._outbox.acknowledge(ack.stream, ack.epoch, ranges)
+        except STORAGE_ERRORS as error:
+            # They stay, are published again, and are acknowledged again.
+            log.warning("an acknowledgement could not be stored", stream=ack.stream, error=error)
         if ack.stream in self._windows:
             self._windows[ack.stream].acknowledge(ack.epoch, ranges, ack.credit)
         self.poke()
@@ -76,7 +84,7 @@ class Publisher:
                     self._broker.announce()
                     announced = self._session_epoch
                 if self.connected:
-                    await self._pump()
+                    await self._pump_if_possible()
                 await self._sleep()
         finally:
             if self._broker is not None:
@@ -106,6 +114,14 @@ class Publisher:
         except TimeoutError:
             pass
         self._wake.clear()
+
+    async def _pump_if_possible(self) -> None:
+        try:
+            await self._pump()
+        except STORAGE_ERRORS as error:
+            log.warning("the outbox can't be read or cut now", error=error, next_try_s=PERIOD_S)
+            # Rows come faster than that: no hammering of a disk that is full.
+            await asyncio.sleep(PERIOD_S)
 
     async def _pump(self) -> None:
         if self._fresh:

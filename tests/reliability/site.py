@@ -23,7 +23,7 @@ from controlplane.embedded.postgres import EmbeddedPostgres
 from fleetctl.client import Client
 from slmfleet.errors import UserError
 from tests.reliability.asking import Asker
-from tests.reliability.counting import Numbered
+from tests.reliability.counting import Numbered, Stored, stored
 from tests.support.netns import Member
 from tests.support.processes import Child, free_port, wait_until
 from tests.support.tcp_proxy import TcpProxy
@@ -134,7 +134,8 @@ class Site:
             **listen,
         }
         flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        self.server = Child([BIN / "controlplane", "serve", *flags, *self._flags])
+        # Its PYTHONPATH: the programs of this checkout, wherever the tests were started.
+        self.server = Child([BIN / "controlplane", "serve", *flags, *self._flags], env=stub_environment())
         if wait:
             runtime = self.folder / "server" / "runtime.json"
             wait_until(lambda: self._runs(runtime), "the control plane is up", UP_S)
@@ -177,7 +178,7 @@ class Site:
     def add_node(self, name: str, member: Member | None = None, *flags: str) -> Node:
         """Enrol a node and start it."""
         node = self.nodes[name] = Node(self, name, member, flags)
-        node.state.mkdir()
+        node.state.mkdir(exist_ok=True)
         token = self.client.call("POST", "/enrollment-tokens", body={"ttlSeconds": 300, "uses": 1})["token"]
         file = node.state / "token"
         file.touch(mode=0o600)
@@ -232,6 +233,28 @@ class Site:
                 deadline_s,
             )
         return time.monotonic() - began
+
+    def await_rows(self, node: Node, deadline_s: float = 120.0) -> Stored:
+        """Until all that the node has numbered so far is in Postgres; what is there then."""
+        numbered = node.numbered.look()
+        found: list[Stored] = []
+
+        def complete() -> bool:
+            found[:] = [stored(self.postgres_url, node.id, node.name, numbered)]
+            return not found[0].missing
+
+        try:
+            wait_until(complete, "every row is in Postgres", deadline_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; missing: {found[0].missing}\n{self.story(node)}") from None
+        return found[0]
+
+    def story(self, node: Node) -> str:
+        """What the programs said last, for somebody who wonders why a test failed."""
+        said = [f"--- {node.name}: {quietly(node.status)}"]
+        for name, child in ((node.name, node.child), ("control plane", self.server)):
+            said.append(f"--- {name}\n{child.output[-4000:] if child else 'not started'}")
+        return "\n".join(said)
 
     def _end(self) -> None:
         for node in self.nodes.values():

@@ -94,22 +94,12 @@ def _kill(fleet: Site, victim: str, dead_s: float) -> None:
 def _settle(fleet: Site, story: str) -> float:
     """Everybody agrees, the model answers, and the numbers are right; how long the agreement took, in seconds."""
     node = fleet.nodes["edge-1"]
-    assert fleet.server is not None
     try:
         took_s = fleet.await_agreement()
         wait_until(lambda: quietly(lambda: node.asker().ask(MODEL)) == "w0 w1 w2 ", "the node serves", 60)
-        numbered = node.numbered.look()
-        wait_until(
-            lambda: not stored(fleet.postgres_url, node.id, node.name, numbered).missing, "every row is stored", 120
-        )
-        found = stored(fleet.postgres_url, node.id, node.name, numbered)
+        found = fleet.await_rows(node)
         assert found.twice == []
         assert found.dropped == 0
     except AssertionError as error:
-        assert node.child is not None
-        found = stored(fleet.postgres_url, node.id, node.name, node.numbered.look())
-        raise AssertionError(
-            f"{error}\n{story}\nmissing: {found.missing}\nstatus: {quietly(node.status)}\n"
-            f"--- control plane\n{fleet.server.output[-3000:]}\n--- agentd\n{node.child.output[-3000:]}"
-        ) from None
+        raise AssertionError(f"{story}\n{error}\n{fleet.story(node)}") from None
     return took_s

@@ -41,11 +41,10 @@ def test_nothing_is_lost_or_counted_twice_over_the_matrix() -> None:
             newest = f"while-away-{changes}"
             wait_until(lambda: node.name in fleet.warm(newest), f"{newest} is served", 60)
             assert node.asker().ask(newest) == "w0 w1 w2 "
-            numbered = node.numbered.look()
-            url, node_id = fleet.postgres_url, node.id
-            wait_until(lambda: not stored(url, node_id, node.name, numbered).missing, "every row is in Postgres", 120)
+            fleet.await_rows(node)
+            numbered = dict(node.numbered.last)
         node.stop()
-        found = stored(url, node_id, node.name, numbered)
+        found = stored(fleet.postgres_url, node.id, node.name, numbered)
         print(
             f"matrix: {changes} cuts at {SPEED}x, {sum(numbered.values())} rows numbered, {found.rows} stored, "
             f"{asked.answered} local answers, slowest {asked.slowest_s:.2f} s, agreed {took_s:.1f} s after the last"

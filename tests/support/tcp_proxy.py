@@ -65,12 +65,13 @@ class TcpProxy:
     async def _serve(self) -> None:
         try:
             server = await asyncio.start_server(self._connected, self._listen, self.port)
+            self.port = int(server.sockets[0].getsockname()[1])
         except OSError as error:
             self._problem = error
             return
         finally:
+            # Not before the port is known: whoever waits for this tells it to others.
             self._ready.set()
-        self.port = int(server.sockets[0].getsockname()[1])
         await self._ended.wait()
         server.close()
         self._abort_all()
