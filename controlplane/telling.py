@@ -71,7 +71,7 @@ def greeting(where: Where, token_file: Path | None, embedded: Embedded) -> list[
             "The embedded MQTT broker knows passwords and no certificates: it listens on loopback alone. "
             "For nodes elsewhere use a broker of your own (--mqtt-url)."
         )
-    return lines
+    return [*lines, *embedded.changes]
 
 
 class Numbers:

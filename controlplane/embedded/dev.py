@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from controlplane.embedded.broker import EmbeddedBroker
 from controlplane.embedded.postgres import EmbeddedPostgres
+from controlplane.listening import Address, first_of
 from slmfleet.errors import UserError
 
 LOOK_EVERY_S = 0.5
@@ -27,6 +28,11 @@ class Embedded:
         """Their process ids."""
         return [server.pid for server in (self.postgres, self.broker) if server is not None]
 
+    @property
+    def changes(self) -> list[str]:
+        """What the start changed on this machine outside the data folder, one sentence each; mostly nothing."""
+        return self.postgres.changes if self.postgres is not None else []
+
     async def watch(self) -> None:
         """Runs until cancelled; raises UserError when one of them ended by itself."""
         while True:
@@ -37,8 +43,9 @@ class Embedded:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *, postgres: bool, broker: bool, broker_port: int) -> Iterator[Embedded]:
-    """Start what is wanted, PostgreSQL first; stop it in the reverse order. Blocks; use the main thread."""
+def running(folder: Path, *, postgres: bool, broker: bool, broker_at: Sequence[Address]) -> Iterator[Embedded]:
+    """Start what is wanted, PostgreSQL first, the broker at the first address that can be had (all on loopback); stop
+    it in the reverse order. Blocks; use the main thread."""
     with contextlib.ExitStack() as stack:
         database = events = None
         if postgres:
@@ -46,7 +53,11 @@ def running(folder: Path, *, postgres: bool, broker: bool, broker_port: int) -> 
             stack.callback(database.stop)
             database.start()
         if broker:
-            events = EmbeddedBroker(folder / "mqtt", broker_port)
+            events = first_of(broker_at, lambda address: _started(EmbeddedBroker(folder / "mqtt", address[1])))
             stack.callback(events.stop)
-            events.start()
         yield Embedded(database, events)
+
+
+def _started(broker: EmbeddedBroker) -> EmbeddedBroker:
+    broker.start()
+    return broker

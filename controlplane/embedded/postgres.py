@@ -7,7 +7,7 @@ network.
 
 PostgreSQL refuses to run as root. Under root it runs as the owner of the data folder, at first start a user made for
 it, and folders on the way to its programs and its data that this user could not cross get the right to be crossed
-(``o+x``), not to be read; that is logged.
+(``o+x``), not to be read; ``changes`` tells of both.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class EmbeddedPostgres:
         self._folder = folder.absolute()
         self._process: subprocess.Popen[bytes] | None = None
         self._sockets = self._folder
+        # What this start changed on the machine outside its folder, one sentence each; see the module's docstring.
+        self.changes: list[str] = []
 
     @property
     def pid(self) -> int:
@@ -69,10 +71,11 @@ class EmbeddedPostgres:
         """
         programs = find_programs()
         self._folder.parent.mkdir(parents=True, exist_ok=True)
+        user_is_new = not _exists(SYSTEM_USER)
         owner = _owner(self._folder)
         if owner.uid is not None:
-            _let_cross(programs / "postgres", owner)
-            _let_cross(self._folder, owner)
+            opened = [*_let_cross(programs / "postgres", owner), *_let_cross(self._folder, owner)]
+            self.changes += _told(user_is_new and _exists(SYSTEM_USER), opened)
         if not (self._folder / "PG_VERSION").exists():
             _initialise(programs, self._folder, owner)
         _check_version(programs, self._folder)
@@ -206,6 +209,21 @@ def _owner(folder: Path) -> Owner:
     return Owner(owner, folder.stat().st_gid)
 
 
+def _exists(user: str) -> bool:
+    with contextlib.suppress(KeyError):
+        return bool(pwd.getpwnam(user))
+    return False
+
+
+def _told(user_is_new: bool, opened: Sequence[Path]) -> list[str]:
+    parts = []
+    if user_is_new:
+        parts.append(f"made the system user {SYSTEM_USER}, as which PostgreSQL runs")
+    if opened:
+        parts.append(f"let every user pass through {', '.join(map(str, opened))} (o+x, not to read) to reach its data")
+    return [f"As root: {'; '.join(parts)}."] if parts else []
+
+
 def _name(uid: int) -> str:
     with contextlib.suppress(KeyError):
         return pwd.getpwuid(uid).pw_name
@@ -230,13 +248,17 @@ def _system_user() -> pwd.struct_passwd:
         ) from None
 
 
-def _let_cross(path: Path, owner: Owner) -> None:
-    """Let ``owner`` reach ``path``: every parent may be crossed by others, and a program may be read and run."""
+def _let_cross(path: Path, owner: Owner) -> list[Path]:
+    """Let ``owner`` reach ``path``: every parent may be crossed by others, and a program may be read and run.
+
+    Returns the folders whose rights it changed, the outermost first."""
+    opened: list[Path] = []
     try:
         for parent in path.resolve().parents:
             status = parent.stat()
             if not status.st_mode & 0o001 and status.st_uid != owner.uid:
                 parent.chmod(status.st_mode & 0o7777 | 0o001)
+                opened.insert(0, parent)
                 log.warning("made a folder passable for the embedded PostgreSQL", folder=parent, mode="o+x")
         if path.is_file() and not path.stat().st_mode & 0o004:
             # Installed under a strict umask: the programs with their libraries and data are no secret.
@@ -249,6 +271,7 @@ def _let_cross(path: Path, owner: Owner) -> None:
             f"the embedded PostgreSQL cannot run as root here, and its user cannot be let through to {path}: "
             f"{error.strerror}; start as an ordinary user, or give --postgres-url"
         ) from None
+    return opened
 
 
 def _initialise(programs: Path, folder: Path, owner: Owner) -> None:

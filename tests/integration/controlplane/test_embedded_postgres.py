@@ -56,6 +56,21 @@ def test_a_second_start_finds_the_data(folder: Path) -> None:
     assert not (folder / "postgres" / "postmaster.pid").exists()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone changes anything")
+def test_what_a_start_as_root_changes_on_the_machine_is_told_once(folder: Path) -> None:
+    folder.chmod(0o700)
+    (folder / "closed").mkdir(mode=0o700)
+    for expected in (True, False):
+        server = EmbeddedPostgres(folder / "closed" / "postgres")
+        server.start()
+        try:
+            told = " ".join(server.changes)
+        finally:
+            server.stop()
+        assert (f"let every user pass through {folder}, {folder}/closed (o+x, not to read)" in told) == expected
+    assert folder.stat().st_mode & 0o777 == 0o701
+
+
 def test_a_path_too_long_for_a_socket_works(folder: Path) -> None:
     server = EmbeddedPostgres(folder / ("d" * 100) / "postgres")
     server.start()
