@@ -15,11 +15,11 @@ import argparse
 import contextlib
 import fcntl
 import json
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from interrupts import Interrupted, Interrupts
 from programs import Ensemble, StepFailed
@@ -39,21 +39,13 @@ def main() -> int:
     programs = Ensemble(data_dir / "logs", interrupts)
     demo = Demo(data_dir, story, programs)
     started = time.monotonic()
-    code = 1
     try:
         with _only_one(data_dir):
-            try:
-                _steps(demo)
-                code = 0
-                if not arguments.once:
-                    _stay_up(demo)
-            finally:
-                code = max(code, _end(demo))
+            code = _play(demo, interrupts, arguments.once)
     except Interrupted:
-        code = 130 if code else 0
+        code = 130
     except UserError as error:
-        program = error.program if isinstance(error, StepFailed) else None
-        story.failure(str(error), program.tail() if program else "", program.log if program else None)
+        story.failure(str(error))
         code = error.exit_code
     story.seconds["total"] = round(time.monotonic() - started, 3)
     if arguments.once and code == 0:
@@ -66,6 +58,27 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--once", action="store_true", help="end after the failover and print one JSON object")
     parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="where all state lives (%(default)s)")
     return parser.parse_args()
+
+
+def _play(demo: Demo, interrupts: Interrupts, once: bool) -> int:
+    """All steps, then the end of every program, whatever happened; returns the exit code."""
+    code = 1
+    try:
+        _steps(demo)
+        code = 0
+        if not once:
+            _stay_up(demo, interrupts)
+    except Interrupted:
+        code = 130 if code else 0
+    except UserError as error:
+        # Told before the rest is stopped: who watches wants the reason, not the end.
+        demo.story.failure(str(error))
+        if isinstance(error, StepFailed) and error.program is not None:
+            demo.story.log(error.program.tail(), error.program.log)
+        code = error.exit_code
+    finally:
+        late = _end(demo)
+    return code or late
 
 
 def _steps(demo: Demo) -> None:
@@ -86,12 +99,13 @@ def _steps(demo: Demo) -> None:
         demo.kill_and_ask_again()
 
 
-def _stay_up(demo: Demo) -> None:
+def _stay_up(demo: Demo, interrupts: Interrupts) -> NoReturn:
     with demo.story.step("up", "The fleet is yours"):
         demo.show_urls()
         demo.story.line("Ctrl-C ends everything.", "bold")
         while True:
-            signal.pause()
+            demo.tell_deaths()
+            interrupts.wait()
 
 
 def _end(demo: Demo) -> int:

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment, with nothing left half-started.
+"""Signals: Ctrl-C at any moment, with nothing left half-started, and the end of a child process.
 
 SIGINT, SIGTERM and SIGHUP raise Interrupted wherever the program is, except inside ``held()``: there they wait until
 the block is over, so that a child process is never started without being noted down.
@@ -7,6 +7,8 @@ the block is over, so that a child process is never started without being noted 
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -23,11 +25,25 @@ class Interrupts:
         self._held = 0
         # How many came so far.
         self.count = 0
+        # Every signal leaves a byte here: one that comes just before a wait ends that wait.
+        self._came, self._leave = os.pipe()
 
     def install(self) -> None:
         """Take over the signals that ask to end."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
+        # Only signals with a handler leave their byte.
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        for end in (self._came, self._leave):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(self._leave, warn_on_full_buffer=False)
+
+    def wait(self) -> None:
+        """Return when a child process ended or any other signal came since the last call; an interrupt raises."""
+        select.select([self._came], [], [])
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._came, 4096):
+                pass
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -63,6 +63,13 @@ class Program:
         """None while it runs; negative: the signal that ended it."""
         return self._process.poll()
 
+    def how_it_ended(self) -> str:
+        """``was killed by SIGKILL`` or ``ended with exit code 1``; call it when it did."""
+        code = self.exit_code()
+        if code is None or code >= 0:
+            return f"ended with exit code {code}"
+        return f"was killed by {signal.Signals(-code).name}"
+
     def note_family(self) -> list[psutil.Process]:
         """Its children, their children and so on; remembered, so that none can be left behind later."""
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -129,7 +136,7 @@ class Ensemble:
         program = self.start(name, arguments)
         self.wait(lambda: program.exit_code() is not None, f"{name} did not end", timeout_s, [program], ended_ok=True)
         if program.exit_code() != 0:
-            raise StepFailed(f"{name} failed with exit code {program.exit_code()}", program)
+            raise StepFailed(f"{name} {program.how_it_ended()}", program)
         del self.programs[name]
 
     def wait(
@@ -148,10 +155,20 @@ class Ensemble:
                 return value
             for program in needs:
                 if not ended_ok and program.exit_code() is not None:
-                    raise StepFailed(f"{program.name} ended with exit code {program.exit_code()}", program)
+                    raise StepFailed(f"{program.name} {program.how_it_ended()}", program)
             if time.monotonic() > deadline:
                 raise StepFailed(f"{otherwise} within {timeout_s:.0f} s", needs[0] if needs else None)
             time.sleep(0.05)
+
+    def ended(self) -> list[Program]:
+        """Those that run no more, in the order of their start; notes the families of the others."""
+        found = []
+        for program in self.programs.values():
+            if program.exit_code() is None:
+                program.note_family()
+            else:
+                found.append(program)
+        return found
 
     def pids(self) -> dict[str, int]:
         """Every program, and its children: ``edge-1``, and ``edge-1/<pid>`` for the worker of a model."""

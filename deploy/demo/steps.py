@@ -42,6 +42,8 @@ class Demo:
     programs: Ensemble
     answers: list[Answer] = field(default_factory=list)
     pids: dict[str, int] = field(default_factory=dict)
+    # Names of the programs whose end was told, or was this program's own doing.
+    known_dead: set[str] = field(default_factory=set)
     _client: Client | None = None
     _runtime: dict[str, Any] = field(default_factory=dict)
 
@@ -68,6 +70,8 @@ class Demo:
         self.programs.wait(self._answers_info, "the control plane did not answer", 30, [program])
         self.story.done("PostgreSQL, MQTT broker, REST, OpenAI gateway and gRPC are up")
         self.story.line(f"  {self.client.server}", "dim")
+        for change in self._runtime.get("changes", ()):
+            self.story.line(f"  {change}", "dim")
 
     def _wait_for_runtime(self, program: Program, folder: Path) -> dict[str, Any]:
         def read() -> dict[str, Any] | None:
@@ -211,6 +215,7 @@ class Demo:
         victim = self.programs.programs[dead]
         killed = time.monotonic()
         victim.kill()
+        self.known_dead.add(dead)
         self.story.line(f"SIGKILL to {dead} (pid {victim.pid})", "red")
         try:
             answer = self.ask(QUESTIONS[1])
@@ -243,9 +248,20 @@ class Demo:
         pairs.append(("key", f"{short(self.data_dir)}/admin.token"))
         self.story.pairs(pairs)
 
+    def tell_deaths(self) -> None:
+        """Say which nodes ended by themselves since the last call; raises StepFailed when the control plane did."""
+        for program in self.programs.ended():
+            if program.name in self.known_dead:
+                continue
+            self.known_dead.add(program.name)
+            if program is self.controlplane:
+                raise StepFailed(f"the control plane {program.how_it_ended()}, so the fleet is stopped", program)
+            self.story.line(f"{program.name} {program.how_it_ended()}; its replicas move to another node.", "red")
+            self.story.log(program.tail(), program.log)
+
     def _local_api(self, node: str) -> str:
         if self.programs.programs[node].exit_code() is not None:
-            return "killed in step 6; starts again with the next demo"
+            return "does not run; starts again with the next demo"
         return _url(str(json.loads((self.state_dir(node) / "runtime.json").read_text())["api"])) + "/v1"
 
     def result(self) -> dict[str, Any]:

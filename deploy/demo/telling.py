@@ -69,16 +69,19 @@ class Story:
         for name, value in pairs:
             self.console.print(Text.assemble(_INDENT, (name.ljust(width), "dim"), value), soft_wrap=True)
 
-    def failure(self, message: str, tail: str, log: Path | None) -> None:
-        """One sentence, the end of the log that tells why, and where the whole log is."""
+    def failure(self, message: str) -> None:
+        """What went wrong, in one sentence on standard error."""
         err = Console(stderr=True, highlight=False, markup=False, emoji=False)
         err.print()
         err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
-        if log is not None:
-            err.print(Rule(style="dim"))
-            err.print(Text(tail), soft_wrap=True)
-            err.print(Rule(style="dim"))
-            err.print(f"The whole log: {short(log)}", soft_wrap=True)
+
+    def log(self, tail: str, log: Path) -> None:
+        """The end of the log that tells why, and where the whole log is."""
+        err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        err.print(Rule(style="dim"))
+        err.print(Text(tail), soft_wrap=True)
+        err.print(Rule(style="dim"))
+        err.print(f"The whole log: {short(log)}", soft_wrap=True)
 
     @contextlib.contextmanager
     def bars(self) -> Iterator[Bars]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
+import shlex
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +35,7 @@ DEMO_S = 300.0
 class State:
     """The folder of one fleet, and the nodes that were killed in it: they alone could not tidy up."""
 
+    home: Path
     folder: Path
     killed: set[str] = field(default_factory=set)
 
@@ -40,9 +45,10 @@ def state() -> Iterator[State]:
     """One fleet over all tests of this module: each starts what the one before ended.
 
     Not in pytest's own temporary folder: a parallel pytest closes that to the user that PostgreSQL runs as under root.
+    It lies where the demo would have it in a home folder, so that the README can be followed to the letter.
     """
-    with tempfile.TemporaryDirectory(prefix="slmfleet-demo-") as folder:
-        yield State(Path(folder) / "state")
+    with tempfile.TemporaryDirectory(prefix="slmfleet-demo-") as home:
+        yield State(Path(home), Path(home) / ".local/share/slmfleet/dev")
 
 
 class Watch:
@@ -154,18 +160,84 @@ def test_ctrl_c_midway_ends_everything_in_order(state: State, moment: str) -> No
     assert_nothing_left(watch, state)
 
 
-def test_it_stays_up_until_ctrl_c_and_a_second_one_is_refused_meanwhile(state: State) -> None:
+class Newcomer:
+    """Follows "Your first own agent" of the README to the letter, in a folder of their own."""
+
+    def __init__(self, home: Path, folder: Path) -> None:
+        section = (ROOT / "README.md").read_text().split("## Your first own agent")[1].split("\n## ")[0]
+        self.blocks = {
+            language: textwrap.dedent(text)
+            for language, text in re.findall(r"```(yaml|python)\n(.*?)```", section, re.DOTALL)
+        }
+        self.commands = [shlex.split(found) for found in re.findall(r"`\.venv/bin/(fleetctl [^`]+)`", section)]
+        self._folder = folder
+        self._environment = {"HOME": str(home), "PATH": os.environ["PATH"]}
+
+    def run(self, program: str, *arguments: str) -> str:
+        """Standard output of a program of this environment."""
+        argv = [Path(sys.executable).with_name(program), *arguments]
+        done = subprocess.run(
+            argv, cwd=self._folder, env=self._environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def make_an_agent(self) -> list[str]:
+        """What each command printed, and at last what the Python of the page did."""
+        (self._folder / "colours.yaml").write_text(self.blocks["yaml"])
+        *before, ask = self.commands
+        said = [self.run(*command) for command in before]
+        wait_until(self._is_ready, "colours is ready", 60)
+        return [*said, self.run(*ask), self.run("python", "-c", self.blocks["python"])]
+
+    def _is_ready(self) -> bool:
+        found = json.loads(self.run("fleetctl", "get", "deployment", "colours", "-o", "json"))
+        return bool(found["status"]["ready"])
+
+
+def test_it_stays_up_until_ctrl_c_and_a_newcomer_makes_an_agent_meanwhile(state: State, tmp_path: Path) -> None:
     with Child([sys.executable, DEMO, "--data-dir", state.folder], cwd=ROOT) as demo:
         watch = Watch(demo)
         demo.wait_for_line("Ctrl-C ends everything", DEMO_S)
+        state.killed |= set(re.findall(r"SIGKILL to (\S+)", demo.output))
         assert re.search(r"http://127\.0\.0\.1:\d+/docs", demo.output)
         with Child([sys.executable, DEMO, "--data-dir", state.folder], cwd=ROOT) as second:
             assert second.wait_for_exit(30) == 1
             assert "another demo runs" in second.output
-        state.killed |= set(re.findall(r"SIGKILL to (\S+)", demo.output))
+        planned, applied, explained, answer, by_openai = Newcomer(state.home, tmp_path).make_an_agent()
+        assert "deployment/colours created (dry run)" in planned
+        assert "deployment/colours created" in applied
+        assert "edge-" in explained
+        assert answer.strip()
+        assert by_openai.strip() == answer.strip()
         demo.send(signal.SIGINT)
         assert demo.wait_for_exit(60) == 0, demo.output
     assert_nothing_left(watch, state)
+
+
+def test_deaths_are_told_at_once_and_only_that_of_the_control_plane_ends_it(state: State) -> None:
+    with Child([sys.executable, DEMO, "--data-dir", state.folder], cwd=ROOT) as demo:
+        watch = Watch(demo)
+        demo.wait_for_line("Ctrl-C ends everything", DEMO_S)
+        state.killed |= set(re.findall(r"SIGKILL to (\S+)", demo.output))
+        living = min({"edge-1", "edge-2", "edge-3"} - state.killed)
+        os.kill(pid_in(state.folder / "nodes" / living), signal.SIGKILL)
+        demo.wait_for_line(rf"^ *{living} was killed by SIGKILL", 2)
+        demo.wait_for_line(rf"The whole log: .*/{living}\.log", 2)
+        assert demo.process.poll() is None, "a fleet goes on without one node"
+        # A control plane that dies like that tidies nothing up; the next one does.
+        state.killed |= {living, state.folder.name}
+        os.kill(pid_in(state.folder), signal.SIGKILL)
+        demo.wait_for_line("^error: the control plane was killed by SIGKILL", 2)
+        assert demo.wait_for_exit(60) == 1, demo.output
+        told = demo.output
+        assert told.index("The whole log: ", told.index("error: ")) < told.index("Everything is stopped")
+        assert "had to be killed" not in told
+    assert_nothing_left(watch, state)
+
+
+def pid_in(folder: Path) -> int:
+    return int(json.loads((folder / "runtime.json").read_text())["pid"])
 
 
 def test_a_failing_program_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
