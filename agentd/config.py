@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slmfleet import config
-from slmfleet.config import option, parse_address, parse_choice, parse_int, parse_labels, parse_path
+from slmfleet.config import option, parse_address, parse_bool, parse_choice, parse_int, parse_labels, parse_path
 from slmfleet.units import parse_duration, parse_size
 
 PREFIX = "AGENTD_"
@@ -69,6 +69,25 @@ def parse_keep_alive(value: Any) -> float:
     return seconds
 
 
+def parse_factor(value: Any) -> float:
+    """A number, zero or more."""
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no number") from None
+    if not 0 <= number <= 1000 or isinstance(value, bool):
+        raise ValueError(f"{value!r} is out of range: write a number from 0 to 1000")
+    return number
+
+
+def parse_layers(value: Any) -> int:
+    """A whole number, -1 or more."""
+    number = parse_int(value)
+    if number < -1:
+        raise ValueError(f"{number} is no number of layers: write -1 for what the runtime finds best, or 0 and more")
+    return number
+
+
 def parse_interval(value: Any) -> float:
     """Seconds, at least one tenth."""
     seconds = parse_duration(value)
@@ -107,12 +126,41 @@ class Config:
     max_loaded_models: int = option(
         0, "Models loaded at the same time; 0 = as many as fit into max_memory.", parse_count
     )
+    max_concurrent_agents: int = option(
+        0, "Requests that run at once in all models together; 0 = as many as their workers have slots.", parse_count
+    )
+    memory_limit_factor: float = option(
+        2.0, "A worker may take its expected memory times this (and 128 MiB): enforced by a cgroup where one is "
+        "writable, else watched. 0 = no limits.", parse_factor,
+    )  # fmt: skip
+    worker_cpus: float = option(
+        0.0, "Processors that one worker may use, such as 1.5, where a cgroup is writable; 0 = no limit.", parse_factor
+    )
+    worker_pids: int = option(
+        1024, "Processes and threads of one worker, where a cgroup is writable; 0 = no limit.", parse_count
+    )
+    power_profile: str = option(
+        "auto", "performance, balanced or saver: what models may spend; auto chooses by battery, heat and throttling.",
+        parse_choice("auto", "performance", "balanced", "saver"),
+    )  # fmt: skip
     model_cache_bytes: int = option(
         0, "Bytes of model files kept on disk; 0 = no bound but disk_reserve. Files that are needed are never deleted.",
         parse_size,
     )  # fmt: skip
     disk_reserve: int = option(256 * 2**20, "Bytes of disk that downloads leave free for everybody else.", parse_size)
     threads: int = option(0, "Processor threads of one model worker; 0 = all processors but one.", parse_count)
+    slots: int = option(
+        1, "Requests that one worker serves at once, where its backend can; each takes a whole context of memory.",
+        parse_count,
+    )  # fmt: skip
+    gpu_layers: int = option(-1, "Layers on an accelerator; -1 = what the runtime finds best, 0 = none.", parse_layers)
+    kv_type: str = option(
+        "", "Type of the key-value cache; empty: the backend's own, f16.",
+        parse_choice("", "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"),
+    )  # fmt: skip
+    lock_memory: bool = option(
+        False, "Pin the weights in memory: too tight a limit then ends a worker instead of making it slow.", parse_bool
+    )
     backends: Mapping[str, str] = option(
         dict, "Backends of your own, format=module:Class, comma-separated; one for a known format replaces it.",
         parse_labels,

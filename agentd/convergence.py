@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from agentd.artifacts.quota import Room, prune, refusal
-from agentd.models.types import LoadableModel, ModelKey, ModelState, ModelStatus
+from agentd.models.types import LoadableModel, ModelKey, ModelState, ModelStatus, RuntimeOptions
 from slmfleet.v1 import state_pb2 as pb
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -344,11 +344,33 @@ def _models(items: Iterable[_Item], settings: pb.NodeSettings, limits: Limits) -
                 size_bytes=sum(file.size_bytes for file in variant.files),
                 context_tokens=sharers[0].assignment.model.context_tokens or limits.context_tokens,
                 warm=any(item.assignment.warm for item in sharers),
+                warm_prompts=_warm_prompts(sharers),
+                runtime=_runtime(sharers[0].assignment.model.runtime),
                 keep_alive_s=_longest(_keep_alive(item.assignment, default) for item in sharers),
                 priority=max(item.assignment.agent.priority if _has_agent(item) else 50 for item in sharers),
             )
         )
     return tuple(models)
+
+
+def _warm_prompts(sharers: Iterable[_Item]) -> tuple[str, ...]:
+    """Instructions of the agents that keep the model loaded, each once, the most important agent's first."""
+    agents = [item.assignment.agent for item in sharers if item.assignment.warm and _has_agent(item)]
+    agents.sort(key=lambda agent: (-agent.priority, agent.name))
+    return tuple(dict.fromkeys(agent.instructions for agent in agents if agent.instructions))
+
+
+def _runtime(told: pb.RuntimeSettings) -> RuntimeOptions:
+    """As the host wants it; values that no host could use are as if they were not there."""
+    return RuntimeOptions(
+        threads=min(told.threads, 1024),
+        slots=min(told.slots, 256),
+        batch_tokens=min(told.batch_tokens, 2048),
+        gpu_layers=max(-1, told.gpu_layers) if told.HasField("gpu_layers") else None,
+        lock_memory=told.lock_memory if told.HasField("lock_memory") else None,
+        kv_type=told.kv_type,
+        numa=told.numa if told.numa in ("distribute", "isolate") else "",
+    )
 
 
 def _has_agent(item: _Item) -> bool:
@@ -456,8 +478,14 @@ def _degraded(staged: pb.Condition, ready: pb.Condition, model: ModelStatus | No
     harmless = ("Downloading", "Verifying", "Waiting")
     if not _is_true(staged) and staged.reason not in harmless:
         return _true("Degraded", staged.reason, staged.message)
-    if ready.reason == "LoadFailed":
-        return _true("Degraded", ready.reason, ready.message)
+    if model is not None and model.degraded:
+        said = "; ".join(model.log_lines)
+        return _true("Degraded", "CrashLoop", f"{model.reason}; its last words: {said}" if said else model.reason)
+    if model is not None and model.thrashing:
+        return _true("Degraded", "Thrashing", model.thrashing)
+    if model is not None and model.crashes and model.state != ModelState.READY:
+        # One crash is no reason to look: it is tried again, and Ready says meanwhile that it can't serve.
+        return _false("Degraded", "Retrying", model.reason)
     if model is not None and model.reason and model.state != ModelState.READY:
         return _true("Degraded", "ModelTrouble", model.reason)
     return _false("Degraded", "Healthy", "")

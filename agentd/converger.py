@@ -43,6 +43,8 @@ log = logs.get(__name__)
 
 PERIOD_S = 10.0
 PROGRESS_EVERY_S = 0.5
+# Severity and reason of what is told of a model's speed: that it is itself again, that it thrashes.
+_SPEED_EVENTS = (("info", "ModelRecovered"), ("warning", "ModelThrashing"))
 
 # Bytes into the partial file: (sha256, size, stop) -> Fetched. Blocking.
 Fetcher = Callable[[str, int, Stop], Fetched]
@@ -99,6 +101,7 @@ class Converger:
         self._failures: dict[str, Failure] = {}
         self._linked: set[tuple[str, str]] = set()
         self._crashes: dict[ModelKey, int] = {}
+        self._thrashing: set[ModelKey] = set()
         self._job: _Job | None = None
         # Digests of the files that were verified at the last pass.
         self.verified: frozenset[str] = frozenset()
@@ -188,12 +191,16 @@ class Converger:
         )
 
     async def _note_crashes(self, models: Iterable[ModelStatus]) -> None:
-        """An event for each model that crashed since the last pass."""
+        """An event for each model that crashed, became far slower, or recovered since the last pass."""
         for status in models:
             if status.crashes > self._crashes.get(status.key, 0):
                 message = f"the worker of {status.key} ended badly: {status.reason or 'it gave no reason'}"
                 await self._events.record("error", "ModelCrashed", message, f"model/{status.key.model}")
             self._crashes[status.key] = status.crashes
+            if bool(status.thrashing) != (status.key in self._thrashing):
+                self._thrashing ^= {status.key}
+                message = f"{status.key}: {status.thrashing or 'it is as fast as it was'}"
+                await self._events.record(*_SPEED_EVENTS[bool(status.thrashing)], message, f"model/{status.key.model}")
 
     def _look(self) -> tuple[list[Blob], dict[str, int], frozenset[tuple[str, str]]]:
         return self._store.blobs(), self._store.partial_sizes(), frozenset(self._store.views())

@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 import socket
+import sqlite3
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,22 +37,25 @@ from agentd.converger import Converger, NodeLimits
 from agentd.desired import FEATURES, DesiredOwner
 from agentd.device import inventory
 from agentd.device.clock import boot_id, boottime_s, wall_s
+from agentd.device.power import Sensors
 from agentd.enrolling import ensure_enrolled
 from agentd.identity import files as identity_files
 from agentd.identity.files import Endpoints, Identity
 from agentd.identity.renewal import keep_renewed
 from agentd.models.backends import available_formats
 from agentd.models.counters import ModelCounters
-from agentd.models.settings import HostSettings
+from agentd.models.measured import Measurement, from_json, to_json
+from agentd.models.settings import HostSettings, Tuning
 from agentd.models.types import ModelHost, ModelKey, ModelState, ModelStatus
 from agentd.parts import Part, end_all, start
-from agentd.store.database import Database
+from agentd.store.database import Database, get_meta, set_meta
 from agentd.store.desired import DesiredStore
 from agentd.store.outbox import Outbox
 from agentd.telemetry.events import EventLog
 from agentd.telemetry.ledger import Ledger
 from agentd.telemetry.publisher import Publisher
 from agentd.telemetry.recorder import Recorder
+from agentd.tuning import Tuner
 from agentd.upkeep import Upkeep, own_memory_bytes
 from slmfleet import __version__, logs
 from slmfleet.systemd import Notifier
@@ -61,6 +65,12 @@ log = logs.get(__name__)
 
 # Convergence passes at least each 10 s; one that takes longer than this hangs.
 STALLED_S = 120.0
+# Room over a worker's expected memory, whatever the factor: small models have allocators and libraries, too.
+LIMIT_SLACK_BYTES = 128 * 2**20
+# What models took is written down this often, if it changed.
+MEASURED_EVERY_S = 60.0
+# Their key in the store.
+MEASURED = "measured"
 
 
 class CountingHost(ModelHost, Protocol):
@@ -76,6 +86,24 @@ class CountingHost(ModelHost, Protocol):
 
     def take_counters(self) -> Mapping[ModelKey, ModelCounters]:
         """What was counted since this was last called."""
+        ...
+
+    def tune(self, tuning: Tuning) -> None:
+        """Bounds from now on."""
+        ...
+
+    @property
+    def limits(self) -> str:
+        """How workers are held to their limits: "cgroup2", "cgroup1", "watchdog" or "none". Known while it runs."""
+        ...
+
+    @property
+    def measured(self) -> Mapping[ModelKey, Measurement]:
+        """What models took when they were loaded last."""
+        ...
+
+    def remember(self, measured: Mapping[ModelKey, Measurement]) -> None:
+        """What models took in an earlier life."""
         ...
 
 
@@ -174,6 +202,11 @@ class Daemon:
                        config.disk_reserve),
             self._planned,
         )  # fmt: skip
+        self._database = database
+        self._tuner = Tuner(
+            host, self._told_settings, self._events, Sensors().read, config.power_profile,
+            host_settings(config).threads_per_worker(),
+        )  # fmt: skip
         self._upkeep = Upkeep(lambda: self._api.last_request_s, lambda: self._api.in_flight)
         host.subscribe(self._model_changed)
         serving = Serving(host, lambda: self._catalog, self._ledger.refused)
@@ -208,11 +241,14 @@ class Daemon:
         artifacts = ArtifactStore(config.state_dir / "artifacts")
         store = DesiredStore(database)
         desired = DesiredOwner(store, await store.load())
-        return cls(config, identity, make_host(host_settings(config)), database, desired, artifacts, listener, notifier)
+        host = make_host(host_settings(config))
+        host.remember(from_json(await database.run(get_meta, MEASURED)))
+        return cls(config, identity, host, database, desired, artifacts, listener, notifier)
 
     async def run(self, stopping: Stopping) -> None:
         """Run the parts until a signal; then stop them in order."""
         self._desired.on_change(self._told)
+        await self._tuner.look()
         await self._converger.settle()
         async with asyncio.TaskGroup() as tasks:
             host = start(tasks, self._host.run(), "model host")
@@ -230,6 +266,8 @@ class Daemon:
                     start(tasks, self._session(), "session"),
                     start(tasks, keep_renewed(self._config.state_dir, wall_s, self._renewed), "certificate renewal"),
                     start(tasks, self._upkeep.run(), "upkeep"),
+                    start(tasks, self._tuner.run(), "tuner"),
+                    start(tasks, self._keep_measured(), "measured facts"),
                     start(tasks, self._watchdog(), "watchdog"),
                 ]
                 await self._events.record("info", "Started", f"agentd {__version__} started")
@@ -245,6 +283,7 @@ class Daemon:
         await self._drain(stopping)
         await end_all(background)
         await host.end()
+        await self._store_measured()
         self._server.stop()
         await server.end(grace_s=0.0 if stopping.hurry.is_set() else 2.0)
         log.info("stopped")
@@ -289,7 +328,7 @@ class Daemon:
 
     async def _hello_facts(self) -> tuple[state_pb2.Inventory, list[str]]:
         facts = await asyncio.to_thread(
-            inventory.take, self._artifacts.root, sorted(self._formats), inventory.limits_kind()
+            inventory.take, self._artifacts.root, sorted(self._formats), self._host.limits
         )
         return facts, sorted(self._converger.verified)
 
@@ -316,6 +355,7 @@ class Daemon:
         problem = identity_files.trust(self._identity, self._desired.document.trusted_ca_pem)
         if problem:
             log.warning("authorities not changed", reason=problem)
+        self._tuner.apply()
         self._converger.poke()
 
     def _fetch(self, sha256: str, size_bytes: int, stop: Stop) -> Fetched:
@@ -330,6 +370,27 @@ class Daemon:
 
     def _renewed(self, identity: Identity) -> None:
         self._identity = identity
+
+    def _told_settings(self) -> state_pb2.NodeSettings | None:
+        return self._desired.document.settings if self._desired.document else None
+
+    async def _keep_measured(self) -> None:
+        while True:
+            await asyncio.sleep(MEASURED_EVERY_S)
+            await self._store_measured()
+
+    async def _store_measured(self) -> None:
+        """What models took here corrects the estimates of the next life of agentd."""
+        text = to_json(self._host.measured)
+        if text == self._measured_text:
+            return
+        try:
+            await self._database.run(set_meta, MEASURED, text)
+            self._measured_text = text
+        except (OSError, sqlite3.Error) as error:
+            log.warning("cannot write down what models take", error=str(error))
+
+    _measured_text = ""
 
     def _telemetry_interval_s(self) -> float:
         document = self._desired.document
@@ -360,8 +421,11 @@ class Daemon:
             "name": self._identity.name,
         }
 
-    def _readiness(self) -> dict[str, Any]:
-        return {"ready": self._serving.is_set(), "connected": self._connected()}
+    async def _readiness(self) -> dict[str, Any]:
+        """Ready means: the scheduler and every owner of a model went round just now."""
+        silent = await self._host.probe()
+        facts = {"ready": self._serving.is_set() and not silent, "connected": self._connected()}
+        return {**facts, "reason": silent} if silent else facts
 
     def _connected(self) -> bool:
         return bool(self._link and self._link.connected)
@@ -374,6 +438,8 @@ class Daemon:
             "node_id": self._identity.node_id,
             "name": self._identity.name,
             "uptime_s": round(boottime_s() - self._began_s, 3),
+            "limits": self._host.limits,
+            "power": {"profile": self._tuner.choice.profile.value, "reason": self._tuner.choice.reason},
             "connected": self._connected(),
             "broker_connected": self._publisher.connected,
             "problem": self._link.problem if self._link else "",
@@ -420,6 +486,15 @@ class Daemon:
 def host_settings(config: Config) -> HostSettings:
     """The model host's part of the configuration."""
     return HostSettings(
+        max_concurrent=config.max_concurrent_agents,
+        memory_limit_factor=config.memory_limit_factor,
+        memory_limit_slack_bytes=LIMIT_SLACK_BYTES,
+        worker_cpus=config.worker_cpus,
+        worker_pids=config.worker_pids,
+        slots=max(1, config.slots),
+        gpu_layers=config.gpu_layers,
+        kv_type=config.kv_type,
+        lock_memory=config.lock_memory,
         max_memory_bytes=config.max_memory,
         max_loaded_models=config.max_loaded_models,
         default_context_tokens=config.context_tokens,

@@ -40,7 +40,7 @@ class Api:
         serving: Serving,
         catalog: Callable[[], Catalog],
         *,
-        ready: Callable[[], dict[str, Any]],
+        ready: Callable[[], Awaitable[dict[str, Any]]],
         status: Callable[[], Awaitable[dict[str, Any]]],
         metrics: Callable[[], Awaitable[bytes]],
         max_request_bytes: int,
@@ -125,7 +125,7 @@ class Api:
             case "/healthz":
                 await answer.json({"status": "ok"})
             case "/readyz":
-                facts = self._ready()
+                facts = await self._ready()
                 await answer.json(facts, 200 if facts["ready"] and not self.stopping else 503)
             case "/status":
                 await answer.json(await self._status())

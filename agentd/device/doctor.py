@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from agentd import statefolder
 from agentd.config import Config
-from agentd.device import inventory
+from agentd.device import inventory, power
 from agentd.identity import files as identity_files
 from agentd.identity.files import Identity, renewal_at
 from agentd.models.backends import FORMATS, available_formats
@@ -54,7 +54,7 @@ def checks(config: Config) -> Iterator[Finding]:
     """All findings; a check that can't be made is a finding, too."""
     simple: tuple[tuple[str, Callable[[Config], Iterator[Finding]]], ...] = (
         ("python", _python), ("state", _state), ("runtimes", _runtimes), ("memory", _memory), ("limits", _limits),
-        ("identity", _identity), ("api", _api),
+        ("power", _power), ("identity", _identity), ("api", _api),
     )  # fmt: skip
     for what, check in simple:
         try:
@@ -110,15 +110,29 @@ def _memory(config: Config) -> Iterator[Finding]:
         yield Finding(Grade.OK, "memory", format_size(total))
 
 
-def _limits(_: Config) -> Iterator[Finding]:
+def _limits(config: Config) -> Iterator[Finding]:
     kind = inventory.limits_kind()
-    if kind == "watchdog":
+    if not config.memory_limit_factor:
         yield Finding(
-            Grade.WARN, "limits", "no control group is writable: memory limits are watched, not enforced; run agentd "
-            "under systemd with Delegate=yes",
+            Grade.WARN, "limits", "memory_limit_factor is 0: nothing holds a worker to its memory; remove it to have "
+            "the default",
+        )  # fmt: skip
+    elif kind == "watchdog":
+        yield Finding(
+            Grade.WARN, "limits", "watchdog: no control group is writable, so agentd looks at the memory of its "
+            "workers each second and ends one that takes too much; for limits by the kernel run agentd under systemd "
+            "with Delegate=yes",
         )  # fmt: skip
     else:
-        yield Finding(Grade.OK, "limits", f"{kind}: the kernel enforces limits of workers")
+        yield Finding(
+            Grade.OK, "limits", f"{kind}: the kernel enforces the limits of workers, memory expected x "
+            f"{config.memory_limit_factor:g} + 128 MiB each",
+        )  # fmt: skip
+
+
+def _power(config: Config) -> Iterator[Finding]:
+    choice = power.choose(config.power_profile, power.Sensors().read())
+    yield Finding(Grade.OK, "power", f"{choice.profile.value}: {choice.reason}")
 
 
 def _identity(config: Config) -> Iterator[Finding]:

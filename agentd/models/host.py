@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 
 from agentd.device.pressure import Memory, read_memory
 from agentd.models import events as on
@@ -47,9 +48,7 @@ class Host:
         settings: HostSettings,
         launcher: Launcher | None = None,
         memory: Callable[[], Memory] = read_memory,
-        measured: Mapping[ModelKey, Measurement] | None = None,
     ) -> None:
-        """``measured``: what models took in an earlier life of this process on this device."""
         self._settings = settings
         self._tuning = Tuning()
         self._processes = ProcessLauncher(settings) if launcher is None else None
@@ -58,7 +57,7 @@ class Host:
         self._owners: dict[ModelKey, Owner] = {}
         # What the desired state names. One owner at a time exists per key: the next one is made when the last is gone.
         self._models: dict[ModelKey, LoadableModel] = {}
-        self._scheduler = Scheduler(self._owners, self._budget, measured)
+        self._scheduler = Scheduler(self._owners, self._budget)
         self._places = Places(self._max_concurrent, self._owners.values)
         if self._processes is not None:
             self._processes.measured = self._scheduler.measured
@@ -74,12 +73,19 @@ class Host:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk | Done]:
         """See ModelHost.generate."""
+        async with aclosing(self.bursts(request)) as bursts:
+            async for burst in bursts:
+                for item in burst:
+                    yield item
+
+    async def bursts(self, request: GenerateRequest) -> AsyncGenerator[Sequence[Chunk | Done], None]:
+        """See ModelHost.bursts."""
         body = json.dumps(dict(request.body), ensure_ascii=False).encode()
         message = worker_pb2.WorkerRequest(generate=worker_pb2.WorkerRequest.Generate(body=body))
         ticket, owner = self._submit(request, message)
         try:
             async for item in ticket:
-                yield item  # type: ignore[misc]  # a generation has no Vectors
+                yield [item, *ticket.rest()]  # type: ignore[list-item]  # a generation has no Vectors
         finally:
             if not ticket.finished:
                 owner.post(on.Abandon(ticket))
@@ -124,6 +130,10 @@ class Host:
     def limits(self) -> str:
         """How workers are held to their limits: "cgroup2", "cgroup1", "watchdog" or "none". Known while it runs."""
         return self._processes.limits if self._processes else "none"
+
+    def remember(self, measured: Mapping[ModelKey, Measurement]) -> None:
+        """What models took in an earlier life of this process on this device."""
+        self._scheduler.remember(measured)
 
     @property
     def measured(self) -> Mapping[ModelKey, Measurement]:

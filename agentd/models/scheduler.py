@@ -35,15 +35,9 @@ class _Grant:
 
 
 class Scheduler:
-    """The Broker of all owners. ``measured`` is what models took when they were loaded last, here or in an earlier
-    life of agentd: better than any estimate."""
+    """The Broker of all owners."""
 
-    def __init__(
-        self,
-        owners: Mapping[ModelKey, Owner],
-        budget: Callable[[], Budget],
-        measured: Mapping[ModelKey, Measurement] | None = None,
-    ) -> None:
+    def __init__(self, owners: Mapping[ModelKey, Owner], budget: Callable[[], Budget]) -> None:
         self._owners = owners
         self._budget = budget
         self._wishes: dict[ModelKey, Wish] = {}
@@ -51,7 +45,8 @@ class Scheduler:
         self._numbers: dict[ModelKey, int] = {}
         self._prepared: dict[ModelKey, Prepared] = {}
         self._grants: dict[ModelKey, _Grant] = {}
-        self._measured: dict[ModelKey, Measurement] = dict(measured or {})
+        # What models took when they were loaded last: better than any estimate.
+        self._measured: dict[ModelKey, Measurement] = {}
         self._asked_to_go: set[ModelKey] = set()
         self._waiting_reasons: dict[ModelKey, str] = {}
         self._wake = asyncio.Event()
@@ -114,6 +109,10 @@ class Scheduler:
             book.pop(key, None)
         self._asked_to_go.discard(key)
         self._wake.set()
+
+    def remember(self, measured: Mapping[ModelKey, Measurement]) -> None:
+        """What was measured in an earlier life; what was in this one counts more."""
+        self._measured.update({key: m for key, m in measured.items() if key not in self._measured})
 
     @property
     def measured(self) -> Mapping[ModelKey, Measurement]:

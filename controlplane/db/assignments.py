@@ -150,6 +150,7 @@ async def load_models(connection: AsyncConnection) -> dict[tuple[str, str], Mode
             digest=row.digest,
             variants=row.variants,
             context_tokens=int(row.spec.get("contextTokens") or 0),
+            runtime=row.spec.get("runtime"),
             description=row.spec.get("description") or "",
         )
         for row in rows

@@ -45,6 +45,8 @@ class Model:
     variants: Sequence[Mapping[str, Any]]
     context_tokens: int = 0
     description: str = ""
+    # ``spec.runtime`` of its manifest, camelCase.
+    runtime: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +135,23 @@ def _assignment(
     return compiled
 
 
+def _runtime(spec: Mapping[str, Any]) -> state_pb2.RuntimeSettings | None:
+    """None where nothing is said, so that the documents of nodes stay as they were before the field existed."""
+    runtime = state_pb2.RuntimeSettings(
+        threads=int(spec.get("threads") or 0),
+        slots=int(spec.get("slots") or 0),
+        batch_tokens=int(spec.get("batchTokens") or 0),
+        gpu_layers=spec.get("gpuLayers"),
+        lock_memory=spec.get("lockMemory"),
+        kv_type=spec.get("kvType") or "",
+        numa=spec.get("numa") or "",
+    )
+    return runtime if runtime.ByteSize() else None
+
+
 def _model(model: Model) -> state_pb2.ModelManifest:
     return state_pb2.ModelManifest(
+        runtime=_runtime(model.runtime or {}),
         name=model.name,
         version=model.version,
         digest=model.digest,

@@ -197,6 +197,25 @@ class Variant(Part):
         return self
 
 
+class RuntimeSettings(Part):
+    """How a model is loaded; what is absent is left to the node, whose own limits hold in any case."""
+
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Processor threads of the worker; 0 = the node's default."""
+    slots: Annotated[int, Field(ge=0, le=256)] = 0
+    """Requests that one worker serves at once; each takes a whole context of memory; 0 = the node's default."""
+    batch_tokens: Annotated[int, Field(ge=0, le=2048)] = 0
+    """Prompt tokens that are read at a time: more is faster and is cancelled later; 0 = the node's default."""
+    gpu_layers: Annotated[int, Field(ge=-1, le=100_000)] | None = None
+    """Layers on an accelerator; -1 = what the runtime finds best."""
+    lock_memory: bool | None = None
+    """Pin the weights in memory."""
+    kv_type: Literal["", "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"] = ""
+    """Type of the key-value cache."""
+    numa: Literal["", "distribute", "isolate"] = ""
+    """Placement on machines with several memory nodes."""
+
+
 class ModelSpec(Part):
     """One immutable version of a model."""
 
@@ -204,6 +223,7 @@ class ModelSpec(Part):
     description: Annotated[str, Field(max_length=1024)] = ""
     context_tokens: Annotated[int, Field(ge=0, le=2**24)] = 0
     """Context that a worker is loaded with, in tokens; 0 = the node's default."""
+    runtime: RuntimeSettings = RuntimeSettings()
     variants: list[Variant] = Field(min_length=1, max_length=64)
 
     @model_validator(mode="after")

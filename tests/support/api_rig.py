@@ -23,6 +23,10 @@ from slmfleet.v1 import state_pb2 as pb
 from tests.support.hosts import running
 
 
+async def _ready() -> dict[str, bool]:
+    return {"ready": True}
+
+
 class ApiRig:
     """A served API: ``openai`` asks it, ``http`` sends what no good client would."""
 
@@ -69,7 +73,7 @@ async def api_rig(
         api = Api(
             Serving(host, lambda: catalog, lambda _key, _code: None),
             lambda: catalog,
-            ready=lambda: {"ready": True},
+            ready=_ready,
             status=status,
             metrics=metrics,
             max_request_bytes=max_request_bytes,

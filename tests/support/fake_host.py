@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from agentd.models.counters import ModelCounters
@@ -87,6 +88,11 @@ class FakeHost:
             if not finished:
                 log.info("generation cancelled")
 
+    async def bursts(self, request: GenerateRequest) -> AsyncGenerator[Sequence[Chunk | Done], None]:
+        async with aclosing(self.generate(request)) as items:  # type: ignore[type-var]
+            async for item in items:
+                yield [item]
+
     async def embed(self, request: GenerateRequest, inputs: Sequence[str]) -> Vectors:
         self.requests.append(request)
         if self.errors:
@@ -131,6 +137,15 @@ class FakeHost:
     def take_counters(self) -> Mapping[ModelKey, ModelCounters]:
         taken, self._counters = self._counters, {}
         return taken
+
+    def tune(self, tuning: Any) -> None:
+        self.tuning = tuning
+
+    limits = "none"
+    measured: Mapping[ModelKey, Any] = {}
+
+    def remember(self, measured: Mapping[ModelKey, Any]) -> None:
+        pass
 
     async def run(self) -> None:
         await asyncio.Event().wait()

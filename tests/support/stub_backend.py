@@ -3,7 +3,7 @@
 Its model is a JSON file::
 
     {"load_s": 0.1, "tokens_per_s": 100, "prefill_tokens_per_s": 10000, "slots": 1, "memory_bytes": 0,
-     "fail": "", "after_tokens": 3}
+     "memory_per_request": 0, "fail": "", "after_tokens": 3}
 
 ``tokens_per_s`` 0 means: as fast as possible. ``fail``: ``load`` (cannot be loaded), ``late`` (is never loaded),
 ``dead`` (kills itself after so many tokens), ``hung`` (stops there for ever, deaf to cancellation), ``error`` (that
@@ -48,10 +48,10 @@ class StubBackend:
         self._context = spec.context_tokens
         if self._options.get("fail") == "load":
             raise ValueError("this stub was told to fail")
+        self._ballast = [bytearray(b"x") * self._options.get("memory_bytes", 0)]
         if self._options.get("fail") == "late":
             threading.Event().wait()
         time.sleep(self._options.get("load_s", 0.0))
-        self._ballast = bytearray(b"x") * self._options.get("memory_bytes", 0)
         return Loaded(slots=self._options.get("slots", spec.slots), context_tokens=spec.context_tokens)
 
     def generate(self, body: Mapping[str, Any], sink: Sink) -> Finish:
@@ -61,6 +61,7 @@ class StubBackend:
         prompt = sum(len(str(message["content"]).split()) for message in messages)
         if prompt >= self._context:
             raise context_exceeded(prompt, self._context)
+        self._ballast.append(bytearray(b"x") * self._options.get("memory_per_request", 0))
         started = time.monotonic()
         for _ in range(0, prompt, 128):
             time.sleep(min(128, prompt) / options.get("prefill_tokens_per_s", 1e6))

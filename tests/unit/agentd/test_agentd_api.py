@@ -23,6 +23,10 @@ KEY = ModelKey("m", "1", "q4")
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
+async def _ready() -> dict[str, bool]:
+    return {"ready": True}
+
+
 class Rig:
     """The application, its host, and requests to it."""
 
@@ -38,7 +42,7 @@ class Rig:
         self.api = Api(
             Serving(self.host, lambda: catalog, lambda key, _: self.refused.append(key)),
             lambda: catalog,
-            ready=lambda: {"ready": True},
+            ready=_ready,
             status=self._status,
             metrics=self._metrics,
             max_request_bytes=2000,

@@ -28,7 +28,7 @@ from agentd.convergence import (
     retry_delay_s,
     stamp,
 )
-from agentd.models.types import ModelKey, ModelState, ModelStatus
+from agentd.models.types import ModelKey, ModelState, ModelStatus, RuntimeOptions
 from slmfleet.v1 import state_pb2 as pb
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -65,8 +65,11 @@ def is_true(condition: pb.Condition) -> bool:
     return condition.status == pb.CONDITION_STATUS_TRUE
 
 
-def model_status(state: ModelState, reason: str = "") -> ModelStatus:
-    return ModelStatus(ModelKey("m", "1", "q4"), state, "gguf", 1, 0, 0, 0, reason, None, None, 0)
+def model_status(state: ModelState, reason: str = "", crashes: int = 0, **more: object) -> ModelStatus:
+    return ModelStatus(
+        ModelKey("m", "1", "q4"), state, "gguf", 1, 0, 0, 0, reason, None, None, crashes,
+        **more,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def test_without_a_document_nothing_is_touched() -> None:
@@ -154,15 +157,42 @@ def test_no_backend_is_told_as_such() -> None:
     assert current.chosen == {}
 
 
-def test_a_model_that_failed_to_load_is_not_ready_and_degraded() -> None:
-    key = ModelKey("m", "1", "q4")
-    actual = Actual(
-        verified={A: 100}, views={(DIGEST, "q4")}, linked={(DIGEST, "q4")},
-        models={key: model_status(ModelState.BACKING_OFF, "it is no model")},
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("status", "ready", "degraded", "words"),
+    [
+        (model_status(ModelState.BACKING_OFF, "it is no model", crashes=1), "LoadFailed", "Retrying", "it is no model"),
+        (model_status(ModelState.UNLOADED, "killed", crashes=4), "Loadable", "Retrying", "killed"),
+        (
+            model_status(ModelState.BACKING_OFF, "killed", crashes=5, degraded=True, log_lines=("one", "two")),
+            "LoadFailed", "CrashLoop", "killed; its last words: one; two",
+        ),
+        (model_status(ModelState.LOADING, "killed", crashes=6, degraded=True), "Loadable", "CrashLoop", "killed"),
+        (model_status(ModelState.UNLOADED, "it needs 9 GB"), "Loadable", "ModelTrouble", "it needs 9 GB"),
+        (model_status(ModelState.READY, thrashing="it is slow"), "Loadable", "Thrashing", "it is slow"),
+        (model_status(ModelState.READY), "Loadable", "Healthy", ""),
+    ],
+)  # fmt: skip
+def test_trouble_of_a_model(status: ModelStatus, ready: str, degraded: str, words: str) -> None:
+    actual = Actual(verified={A: 100}, views={(DIGEST, "q4")}, linked={(DIGEST, "q4")}, models={status.key: status})
     found = conditions(plan(document(assignment()), 1, actual, LIMITS, 0.0))
-    assert (is_true(found["Ready"]), found["Ready"].reason) == (False, "LoadFailed")
-    assert (is_true(found["Degraded"]), found["Degraded"].message) == (True, "it is no model")
+    assert found["Ready"].reason == ready
+    assert (found["Degraded"].reason, found["Degraded"].message) == (degraded, words)
+    assert is_true(found["Degraded"]) == (degraded not in ("Healthy", "Retrying"))
+
+
+def test_a_model_is_loaded_as_its_manifest_says_and_warmed_with_its_agents_instructions() -> None:
+    agents = [("low", 10, "Be slow."), ("high", 90, "Be kind."), ("twin", 90, "Be kind.")]
+    items = [
+        assignment(name, warm=name != "low",
+                   agent=pb.AgentManifest(name=name, priority=priority, instructions=instructions))
+        for name, priority, instructions in agents
+    ]  # fmt: skip
+    for item in items:
+        item.model.runtime.CopyFrom(pb.RuntimeSettings(slots=2, gpu_layers=0, kv_type="q8_0", numa="everywhere"))
+    actual = Actual(verified={A: 100}, views={(DIGEST, "q4")}, linked={(DIGEST, "q4")})
+    (model,) = plan(document(*items), 1, actual, LIMITS, 0.0).models
+    assert model.runtime == RuntimeOptions(slots=2, gpu_layers=0, kv_type="q8_0")
+    assert model.warm_prompts == ("Be kind.",)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,18 @@ def document(node: Node = NODE, *assignments: Assignment) -> state_pb2.NodeDocum
     return compile_document(node, assignments, MODELS, AGENTS, state_pb2.NodeSettings(max_loaded_models=2), ["CA"])
 
 
+def test_runtime_settings_travel_and_absent_ones_leave_no_trace() -> None:
+    plain = document(NODE, Assignment("r1", "greeter", REVISION, warm=True))
+    assert not plain.assignments[0].model.HasField("runtime")
+    spec = {"threads": 2, "slots": 0, "gpuLayers": 0, "lockMemory": None, "kvType": "q8_0", "numa": ""}
+    models = {("smollm2", "1"): replace(MODEL, runtime=spec)}
+    assignment = Assignment("r1", "greeter", REVISION, warm=True)
+    made = compile_document(NODE, [assignment], models, AGENTS, state_pb2.NodeSettings(), [])
+    runtime = made.assignments[0].model.runtime
+    assert runtime == state_pb2.RuntimeSettings(threads=2, gpu_layers=0, kv_type="q8_0")
+    assert not runtime.HasField("lock_memory")
+
+
 def test_a_document_holds_everything_that_was_declared() -> None:
     made = document(NODE, Assignment("r1", "greeter", REVISION, warm=True))
     [assignment] = made.assignments
