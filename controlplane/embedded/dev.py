@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from controlplane.embedded.broker import EmbeddedBroker
 from controlplane.embedded.postgres import EmbeddedPostgres
-from controlplane.listening import Address, first_of
 from slmfleet.errors import UserError
 
 LOOK_EVERY_S = 0.5
@@ -43,9 +42,8 @@ class Embedded:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *, postgres: bool, broker: bool, broker_at: Sequence[Address]) -> Iterator[Embedded]:
-    """Start what is wanted, PostgreSQL first, the broker at the first address that can be had (all on loopback); stop
-    it in the reverse order. Blocks; use the main thread."""
+def running(folder: Path, *, postgres: bool, broker: bool, broker_port: int) -> Iterator[Embedded]:
+    """Start what is wanted, PostgreSQL first; stop it in the reverse order. Blocks; use the main thread."""
     with contextlib.ExitStack() as stack:
         database = events = None
         if postgres:
@@ -53,11 +51,7 @@ def running(folder: Path, *, postgres: bool, broker: bool, broker_at: Sequence[A
             stack.callback(database.stop)
             database.start()
         if broker:
-            events = first_of(broker_at, lambda address: _started(EmbeddedBroker(folder / "mqtt", address[1])))
+            events = EmbeddedBroker(folder / "mqtt", broker_port)
             stack.callback(events.stop)
+            events.start()
         yield Embedded(database, events)
-
-
-def _started(broker: EmbeddedBroker) -> EmbeddedBroker:
-    broker.start()
-    return broker
