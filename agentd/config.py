@@ -31,6 +31,14 @@ def default_state_dir() -> Path:
     return Path(data).expanduser() / "slmfleet" / "agentd"
 
 
+def default_keys_dir() -> Path:
+    """systemd's credentials (``LoadCredential=``) where there are some, else a folder of the user's own."""
+    given = os.environ.get("CREDENTIALS_DIRECTORY")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "slmfleet" / "keys"
+
+
 def default_name() -> str:
     """The host's name made a DNS label."""
     label = re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().partition(".")[0].lower()).strip("-")[:63].strip("-")
@@ -51,6 +59,15 @@ def parse_endpoint(value: Any) -> str:
     if value:
         parse_address(value)
     return str(value)
+
+
+def parse_hosts(value: Any) -> str:
+    """host:port, comma-separated or as a list, to the former."""
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    hosts = [part.strip() for part in map(str, parts) if part.strip()]
+    for host in hosts:
+        parse_address(host)
+    return ",".join(hosts)
 
 
 def parse_count(value: Any) -> int:
@@ -165,6 +182,13 @@ class Config:
         dict, "Backends of your own, format=module:Class, comma-separated; one for a known format replaces it.",
         parse_labels,
     )  # fmt: skip
+    upstream_hosts: str = option(
+        "", "host:port, comma-separated, that models of format upstream may be at beside this device itself; what is "
+        "asked of such a model leaves the device.", parse_hosts,
+    )  # fmt: skip
+    upstream_keys: Path = option(
+        default_keys_dir, "Folder of the keys for upstream servers, one file each; a model names the file.", parse_path
+    )
     context_tokens: int = option(2048, "Context of a model that states none, in tokens.", parse_count)
     telemetry_interval: float = option(30.0, "Seconds between two rows of telemetry.", parse_interval)
     outbox_bytes: int = option(

@@ -44,6 +44,7 @@ from agentd.identity.files import Endpoints, Identity
 from agentd.identity.renewal import keep_renewed
 from agentd.models.backends import available_formats
 from agentd.models.counters import ModelCounters
+from agentd.models.inspect import upstream
 from agentd.models.measured import Measurement, from_json, to_json
 from agentd.models.settings import HostSettings, Tuning
 from agentd.models.types import ModelHost, ModelKey, ModelState, ModelStatus
@@ -327,9 +328,7 @@ class Daemon:
     _link: Any = None
 
     async def _hello_facts(self) -> tuple[state_pb2.Inventory, list[str]]:
-        facts = await asyncio.to_thread(
-            inventory.take, self._artifacts.root, sorted(self._formats), self._host.limits
-        )
+        facts = await asyncio.to_thread(inventory.take, self._artifacts.root, sorted(self._formats), self._host.limits)
         return facts, sorted(self._converger.verified)
 
     def _welcomed(self, welcome: session_pb2.Welcome) -> None:
@@ -501,6 +500,10 @@ def host_settings(config: Config) -> HostSettings:
         keep_alive_s=config.keep_alive,
         threads=config.threads,
         backends=config.backends,
+        worker_environment={
+            upstream.HOSTS: config.upstream_hosts,
+            upstream.KEYS: str(config.upstream_keys.absolute()),
+        },
         run_dir=Path(config.state_dir) / "run",
     )
 

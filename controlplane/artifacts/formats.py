@@ -8,7 +8,12 @@ from pathlib import Path
 # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: four letters, then the version as little-endian uint32.
 _GGUF_MAGIC = b"GGUF"
 _GGUF_VERSIONS = (2, 3)
-_GENAI_CONFIG = "genai_config.json"
+# What a variant of each format must have, by name.
+_NEEDED = {
+    "onnx-genai": ("genai_config.json",),
+    "onnx": ("model.onnx", "tokenizer.json"),
+    "upstream": ("upstream.json",),
+}
 
 
 def refuse_file(format_: str, name: str, path: Path) -> str:
@@ -27,6 +32,8 @@ def refuse_file(format_: str, name: str, path: Path) -> str:
 
 def refuse_variant(format_: str, names: Sequence[str] | Iterable[str]) -> str:
     """A sentence that says what the variant's files lack; "" = nothing."""
-    if format_ == "onnx-genai" and _GENAI_CONFIG not in set(names):
-        return f"an onnx-genai variant needs a file named {_GENAI_CONFIG}, and it has none"
+    has = set(names)
+    for name in _NEEDED.get(format_, ()):
+        if name not in has:
+            return f"an {format_} variant needs a file named {name}, and it has none"
     return ""

@@ -185,8 +185,9 @@ class Variant(Part):
     """The same weights in one format and quantization."""
 
     name: Name
-    format: Literal["gguf", "onnx-genai"]
-    """`gguf` (llama.cpp) or `onnx-genai` (a folder for onnxruntime-genai)."""
+    format: Literal["gguf", "onnx-genai", "onnx", "upstream"]
+    """`gguf` (llama.cpp), `onnx-genai` (a folder for onnxruntime-genai), `onnx` (an encoder for onnxruntime:
+    `model.onnx` with `tokenizer.json`) or `upstream` (`upstream.json` says which OpenAI-compatible server)."""
     quantization: Annotated[str, Field(max_length=64)] = ""
     """As its makers write it, e.g. `Q4_K_M`; informative."""
     files: list[File] = Field(min_length=1, max_length=1024)

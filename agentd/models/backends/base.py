@@ -61,6 +61,10 @@ class RequestError(Exception):
         self.retry_after_s = retry_after_s
 
 
+class BackendFailure(Exception):
+    """The backend failed at a request, for a reason that it knows: the message is the sentence to tell."""
+
+
 def context_exceeded(prompt_tokens: int, context_tokens: int) -> RequestError:
     """The one sentence for a prompt that does not fit."""
     return RequestError(

@@ -17,13 +17,15 @@ from typing import Any
 
 import h11
 
+from agentd.models.backends.base import BackendFailure
+
 # How often a waiting exchange looks around.
 _SLICE_S = 0.2
 _READ_BYTES = 65536
 _MAX_HEADER_BYTES = 65536
 
 
-class UpstreamError(Exception):
+class UpstreamError(BackendFailure):
     """The server did not do what an OpenAI-compatible server does; the message says what it did instead."""
 
 

@@ -24,9 +24,8 @@ from agentd.models.backends.base import Finish, Loaded, LoadSpec, RequestError, 
 from agentd.models.backends.events_stream import EventSplitter, EventTooLarge
 from agentd.models.backends.http_client import Cancelled, Exchange, Server, Unreachable, UpstreamError
 from agentd.models.backends.schema import constraint
-from agentd.models.inspect.upstream import Upstream, read_upstream
+from agentd.models.inspect.upstream import HOSTS, KEYS, Upstream, read_upstream
 
-HOSTS, KEYS = "SLMFLEET_UPSTREAM_HOSTS", "SLMFLEET_UPSTREAM_KEYS"
 _PASSED = frozenset(
     {
         *(
@@ -154,20 +153,22 @@ class UpstreamServer:
             raise UpstreamError(f"{self._server} has no model {self._upstream.model!r}; it has: {some}")
         self._heard_s = time.monotonic()
 
+    def is_silent(self) -> bool:
+        """Look for the model once; True if that failed so often in a row that the server counts as gone."""
+        try:
+            self._find_model()
+            self._failures = 0
+        except UpstreamError as error:
+            self._failures += 1
+            print(f"health check: {error}", file=sys.stderr, flush=True)
+        return self._failures >= _HEALTH_FAILURES
+
     def _watch(self) -> None:
         """Look after the server; end this process when it is gone for good."""
         while True:
             time.sleep(_HEALTH_S)
-            if time.monotonic() - self._heard_s < _HEALTH_S:
-                self._failures = 0
-                continue
-            try:
-                self._find_model()
-                self._failures = 0
-            except UpstreamError as error:
-                self._failures += 1
-                print(f"health check: {error}", file=sys.stderr, flush=True)
-            if self._failures >= _HEALTH_FAILURES:
+            # One that answered a request lately need not be asked.
+            if time.monotonic() - self._heard_s >= _HEALTH_S and self.is_silent():
                 os._exit(1)
 
 

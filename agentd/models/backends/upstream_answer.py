@@ -41,10 +41,9 @@ def error_of(status: int, data: bytes, retry_after: str, secret: str) -> Excepti
     if 300 <= status < 400:
         return UpstreamError(f"the upstream redirects (status {status}); redirects are not followed: correct its url")
     error = _error_object(data)
-    said = "".join(c if c.isprintable() else " " for c in str(error.get("message", "")))[:_MAX_TEXT]
+    said = _said(error)
     if secret:
         said = said.replace(secret, "***")
-    said = f": {said}" if said else ""
     if error.get("code") in _CONTEXT_CODES or error.get("type") in _CONTEXT_CODES:
         tokens, context = count(error.get("n_prompt_tokens")), count(error.get("n_ctx"))
         if tokens and context:
@@ -66,8 +65,19 @@ def _error_object(data: bytes) -> Mapping[str, Any]:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return {}
-    error = value.get("error") if isinstance(value, dict) else None
+    return _as_error(value) if isinstance(value, dict) else {}
+
+
+def _as_error(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """OpenAI's error object; some servers write the message alone in its place."""
+    error = value.get("error")
     return error if isinstance(error, dict) else {"message": error} if isinstance(error, str) else {}
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    """ ": " and what the server says, made fit for one line; "" if it says nothing."""
+    said = "".join(c if c.isprintable() else " " for c in str(error.get("message", "")))[:_MAX_TEXT]
+    return f": {said}" if said else ""
 
 
 def _seconds(text: str, default: float) -> float:
@@ -91,7 +101,7 @@ def models(data: bytes) -> list[str]:
 def choice_of(event: Mapping[str, Any]) -> tuple[dict[str, Any], str, Any]:
     """Delta, finish reason ("" = goes on) and logprobs of a chunk; an empty delta if it has none."""
     if "error" in event:
-        raise UpstreamError(f"the upstream failed: {str(_error_object(json.dumps(event).encode()))[:_MAX_TEXT]}")
+        raise UpstreamError(f"the upstream failed{_said(_as_error(event))}")
     choices = event.get("choices", [])
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise UpstreamError("the upstream's chunk has no list of `choices`")

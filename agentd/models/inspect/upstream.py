@@ -22,6 +22,8 @@ from urllib.parse import SplitResult, urlsplit
 from agentd.models.inspect.facts import ModelFacts, NotAModel, read_object
 
 FILE = "upstream.json"
+# Variables in which agentd tells a worker which addresses are allowed, and where the keys are.
+HOSTS, KEYS = "SLMFLEET_UPSTREAM_HOSTS", "SLMFLEET_UPSTREAM_KEYS"
 _KNOWN = {"url", "model", "key", "maxConcurrent", "contextTokens", "connectSeconds", "stallSeconds"}
 _KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HOST = re.compile(r"[A-Za-z0-9._:-]{1,253}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agentd.models.backends import load_backend
-from agentd.models.backends.base import Backend, Finish, LoadSpec, RequestError
+from agentd.models.backends.base import Backend, BackendFailure, Finish, LoadSpec, RequestError
 from agentd.models.wire import FrameTooLarge
 from agentd.models.worker.channel import Channel
 from slmfleet.v1 import worker_pb2
@@ -178,6 +178,8 @@ def _run(backend: Backend, task: Task, request: WorkerRequest) -> WorkerReply:
         failed = WorkerReply.Failed(
             status=error.status, code=error.code, message=error.message, retry_after_seconds=error.retry_after_s or 0.0
         )
+    except BackendFailure as error:
+        failed = WorkerReply.Failed(code="generation_failed", message=str(error)[:2000])
     except Exception as error:  # noqa: BLE001 - one request's failure must not end the others
         # Without the exception's text, which may quote the prompt: that goes to the caller only.
         traceback.print_tb(error.__traceback__)
