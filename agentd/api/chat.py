@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from agentd.agents.router import compose
 from agentd.api.errors import ApiError
-from agentd.api.serving import Account, Serving, Turn, next_item
+from agentd.api.serving import Account, Bursts, Serving, Turn, collect, next_burst
 from agentd.api.sse import DONE, JSON_HEADERS, SSE_HEADERS, SendBody, SendStart, compact, data
 from agentd.api.tools import ToolCallReader, settle
 from agentd.api.validation import ChatRequest
@@ -68,25 +68,26 @@ class _ChatAnswer:
         started = False
         for number in range(self._request.choices):
             writer = _ChoiceWriter(self._common, number)
-            async with aclosing(self._items(number)) as items:
+            async with aclosing(self._bursts(number)) as bursts:
                 try:
-                    # The first item decides the status: nothing is sent before it is known that the request runs.
-                    item = await next_item(items)
+                    # The first piece decides the status: nothing is sent before it is known that the request runs.
+                    burst = await next_burst(bursts)
                     if not started:
                         await start(200, SSE_HEADERS)
                         started = True
-                    while isinstance(item, Chunk):
-                        await body(writer.chunk(item), True)
-                        item = await next_item(items)
+                    while not isinstance(burst[-1], Done):
+                        await body(writer.chunks(burst), True)
+                        burst = await next_burst(bursts)
                 except (Refused, GenerationFailed) as error:
                     if started:
                         await body(broken(error), False)
                     raise
-            self._account.add(item, same_prompt=number > 0)
-            if number + 1 < self._request.choices:
-                await body(writer.finish(item.finish_reason), True)
-            else:
-                await body(self._end(writer, item.finish_reason), False)
+            *pieces, done = burst
+            assert isinstance(done, Done)
+            self._account.add(done, same_prompt=number > 0)
+            last = number + 1 == self._request.choices
+            end = self._end(writer, done.finish_reason) if last else writer.finish(done.finish_reason)
+            await body(writer.chunks(pieces) + end, not last)
 
     def _end(self, writer: _ChoiceWriter, reason: str) -> bytes:
         """The finishing chunk, the usage chunk when it was asked for, and ``[DONE]``."""
@@ -118,36 +119,40 @@ class _ChatAnswer:
     async def _choice(self, number: int) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": ""}
         logprobs: dict[str, Any] | None = None
-        async with aclosing(self._items(number)) as items:
-            item = await next_item(items)
-            while isinstance(item, Chunk):
-                merge_delta(message, item.delta)
-                if item.logprobs is not None:
-                    logprobs = logprobs or {"content": []}
-                    logprobs["content"] += item.logprobs.get("content") or []
-                item = await next_item(items)
-        self._account.add(item, same_prompt=number > 0)
+
+        def take(item: Chunk) -> None:
+            nonlocal logprobs
+            merge_delta(message, item.delta)
+            if item.logprobs is not None:
+                logprobs = logprobs or {"content": []}
+                logprobs["content"] += item.logprobs.get("content") or []
+
+        done = await collect(self._bursts(number), take)
+        self._account.add(done, same_prompt=number > 0)
         if message.get("tool_calls") and not message["content"]:
             message["content"] = None
-        return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": item.finish_reason}
+        return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": done.finish_reason}
 
-    def _items(self, number: int) -> Any:
-        """The items of one choice, an async generator."""
-        items = self._turn.generate(seeded(self._generation, number))
-        reader = self._reader
-        return items if reader is None else read_calls(items, reader.fresh())
+    def _bursts(self, number: int) -> Bursts:
+        """The pieces of one choice."""
+        bursts = self._turn.generate(seeded(self._generation, number))
+        return bursts if self._reader is None else read_calls(bursts, self._reader.fresh())
 
 
-async def read_calls(items: Any, reader: ToolCallReader) -> AsyncIterator[Chunk | Done]:
-    """The items with bound text turned into calls. Logprobs of its tokens belong to no text that is shown."""
+async def read_calls(bursts: Bursts, reader: ToolCallReader) -> Bursts:
+    """The pieces with bound text turned into calls. Logprobs of its tokens belong to no text that is shown."""
     call_id = f"call_{secrets.token_hex(12)}"
-    async with aclosing(items) as source:
-        async for item in source:
-            if isinstance(item, Done):
-                yield replace(item, finish_reason=reader.finish_reason(item.finish_reason))
-                continue
-            for delta in reader.feed(item.delta.get("content") or "", call_id):
-                yield Chunk(delta, item.tokens)
+    async with aclosing(bursts):
+        async for burst in bursts:
+            made: list[Chunk | Done] = []
+            for item in burst:
+                if isinstance(item, Done):
+                    made.append(replace(item, finish_reason=reader.finish_reason(item.finish_reason)))
+                else:
+                    text = item.delta.get("content") or ""
+                    made += [Chunk(delta, item.tokens) for delta in reader.feed(text, call_id)]
+            if made:
+                yield made
 
 
 def broken(error: Refused | GenerationFailed) -> bytes:
@@ -167,8 +172,11 @@ class _ChoiceWriter:
         self._number = number
         self._role_sent = False
 
-    def chunk(self, item: Chunk) -> bytes:
-        """One server-sent event."""
+    def chunks(self, items: Iterable[Chunk | Done]) -> bytes:
+        """An event for each piece."""
+        return b"".join([self._chunk(item) for item in items if isinstance(item, Chunk)])
+
+    def _chunk(self, item: Chunk) -> bytes:
         delta = item.delta
         if self._role_sent and item.logprobs is None and len(delta) == 1 and "content" in delta:
             return self._before + compact(delta["content"]).encode() + self._after

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,10 @@ from agentd.agents.router import compose
 from agentd.api import checks
 from agentd.api.chat import broken, seeded
 from agentd.api.errors import bad_request
-from agentd.api.serving import Account, Serving, Turn, next_item
+from agentd.api.serving import Account, Bursts, Serving, Turn, collect, next_burst
 from agentd.api.sse import DONE, JSON_HEADERS, SSE_HEADERS, SendBody, SendStart, compact, data
 from agentd.api.validation import INFORMING, SHARED, choices, keep_alive_s, streaming, token_limit
-from agentd.models.types import Chunk, GenerateRequest, GenerationFailed, Refused
+from agentd.models.types import Chunk, Done, GenerateRequest, GenerationFailed, Refused
 
 MAX_PROMPTS = 64
 # OpenAI's default.
@@ -107,7 +107,7 @@ class _CompletionAnswer:
             "model": request.model,
         }
 
-    def _items(self, index: int) -> Any:
+    def _bursts(self, index: int) -> Bursts:
         which, number = divmod(index, self._request.choices)
         return self._turn.generate(seeded(self._generation, number, prompt=self._request.prompts[which]))
 
@@ -122,33 +122,27 @@ class _CompletionAnswer:
         """Server-sent events."""
         started = False
         for index in range(self._count):
-            logprobs = _Logprobs()
-            text = self._echoed(index)
-            async with aclosing(self._items(index)) as items:
+            writer = _ChoiceWriter(self._common, index, self._echoed(index))
+            async with aclosing(self._bursts(index)) as bursts:
                 try:
-                    item = await next_item(items)
+                    burst = await next_burst(bursts)
                     if not started:
                         await start(200, SSE_HEADERS)
                         started = True
-                    while isinstance(item, Chunk):
-                        text += item.delta.get("content") or ""
-                        if text or item.logprobs is not None:
-                            await body(self._event(index, text, logprobs.take(item.logprobs), None), True)
-                        text = ""
-                        item = await next_item(items)
+                    while not isinstance(burst[-1], Done):
+                        await body(writer.chunks(burst), True)
+                        burst = await next_burst(bursts)
                 except (Refused, GenerationFailed) as error:
                     if started:
                         await body(broken(error), False)
                     raise
-            self._account.add(item, same_prompt=index % self._request.choices > 0)
-            await body(self._event(index, "", None, item.finish_reason), True)
+            *pieces, done = burst
+            assert isinstance(done, Done)
+            self._account.add(done, same_prompt=index % self._request.choices > 0)
+            await body(writer.chunks(pieces) + writer.finish(done.finish_reason), True)
         facts = self._account.facts()
         more = {"usage": self._account.usage()} if self._request.include_usage else {}
         await body(data({**self._common, "choices": [], **more, "slmfleet": facts}) + DONE, False)
-
-    def _event(self, index: int, text: str, logprobs: Mapping[str, Any] | None, reason: str | None) -> bytes:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return data({**self._common, "choices": [choice]})
 
     async def whole(self, start: SendStart, body: SendBody) -> None:
         """The answer in one piece."""
@@ -158,15 +152,45 @@ class _CompletionAnswer:
         await body(compact({**self._common, "choices": choices, **more}).encode(), False)
 
     async def _choice(self, index: int) -> dict[str, Any]:
-        text, logprobs, found = self._echoed(index), _Logprobs(), None
-        async with aclosing(self._items(index)) as items:
-            item = await next_item(items)
-            while isinstance(item, Chunk):
-                text += item.delta.get("content") or ""
-                found = joined(found, logprobs.take(item.logprobs))
-                item = await next_item(items)
-        self._account.add(item, same_prompt=index % self._request.choices > 0)
-        return {"index": index, "text": text, "logprobs": found, "finish_reason": item.finish_reason}
+        text, logprobs, found = [self._echoed(index)], _Logprobs(), None
+
+        def take(item: Chunk) -> None:
+            nonlocal found
+            text.append(item.delta.get("content") or "")
+            found = joined(found, logprobs.take(item.logprobs))
+
+        done = await collect(self._bursts(index), take)
+        self._account.add(done, same_prompt=index % self._request.choices > 0)
+        return {"index": index, "text": "".join(text), "logprobs": found, "finish_reason": done.finish_reason}
+
+
+class _ChoiceWriter:
+    """Makes the events of one choice."""
+
+    def __init__(self, common: Mapping[str, Any], index: int, echoed: str) -> None:
+        self._common = common
+        self._index = index
+        # Told with the first piece.
+        self._echoed = echoed
+        self._logprobs = _Logprobs()
+
+    def chunks(self, items: Iterable[Chunk | Done]) -> bytes:
+        """An event for each piece that says something."""
+        return b"".join([self._chunk(item) for item in items if isinstance(item, Chunk)])
+
+    def _chunk(self, item: Chunk) -> bytes:
+        text, self._echoed = self._echoed + (item.delta.get("content") or ""), ""
+        if not text and item.logprobs is None:
+            return b""
+        return self._event(text, self._logprobs.take(item.logprobs), None)
+
+    def finish(self, reason: str) -> bytes:
+        """The event that says how the choice ended."""
+        return self._event(self._echoed, None, reason)
+
+    def _event(self, text: str, logprobs: Mapping[str, Any] | None, reason: str | None) -> bytes:
+        choice = {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return data({**self._common, "choices": [choice]})
 
 
 class _Logprobs:

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any
 
 from agentd.agents.router import compose
 from agentd.api.chat import read_calls
 from agentd.api.responses_request import ResponseRequest
-from agentd.api.serving import Account, Serving, Turn, next_item
+from agentd.api.serving import Account, Bursts, Serving, collect, next_burst
 from agentd.api.sse import JSON_HEADERS, SSE_HEADERS, SendBody, SendStart, compact, named
-from agentd.api.tools import ToolCallReader, settle
-from agentd.models.types import Chunk, Done, GenerateRequest, GenerationFailed, ModelKey, Refused
+from agentd.api.tools import settle
+from agentd.models.types import Chunk, Done, GenerationFailed, ModelKey, Refused
 
 Event = dict[str, Any]
 
@@ -45,41 +46,47 @@ class Responses:
         async with self._serving.turn(target, generation) as turn:
             builder = ResponseBuilder(request, Account(key, turn.waited_s), int(time.time()))
             serve = _stream if request.stream else _whole
-            await serve(builder, _items(turn, generation, reader), start, body)
+            bursts = turn.generate(generation)
+            await serve(builder, bursts if reader is None else read_calls(bursts, reader), start, body)
 
 
-def _items(turn: Turn, generation: GenerateRequest, reader: ToolCallReader | None) -> Any:
-    items = turn.generate(generation)
-    return items if reader is None else read_calls(items, reader)
-
-
-async def _whole(builder: ResponseBuilder, stream: Any, start: SendStart, body: SendBody) -> None:
-    async with aclosing(stream) as items:
-        item = await next_item(items)
-        while isinstance(item, Chunk):
-            for _ in builder.take(item):
-                pass
-            item = await next_item(items)
-    *_, last = builder.end(item)
+async def _whole(builder: ResponseBuilder, bursts: Bursts, start: SendStart, body: SendBody) -> None:
+    done = await collect(bursts, lambda chunk: _exhaust(builder.take(chunk)))
+    *_, last = builder.end(done)
     await start(200, JSON_HEADERS)
     await body(compact(last["response"]).encode(), False)
 
 
-async def _stream(builder: ResponseBuilder, stream: Any, start: SendStart, body: SendBody) -> None:
-    async with aclosing(stream) as items:
-        # The first item decides the status: nothing is sent before it is known that the request runs.
-        item = await next_item(items)
+def _exhaust(events: Iterator[Event]) -> None:
+    """Take the step; nobody reads of it."""
+    deque(events, maxlen=0)
+
+
+async def _stream(builder: ResponseBuilder, stream: Bursts, start: SendStart, body: SendBody) -> None:
+    async with aclosing(stream) as bursts:
+        # The first piece decides the status: nothing is sent before it is known that the request runs.
+        burst = await next_burst(bursts)
         await start(200, SSE_HEADERS)
-        await body(b"".join(map(named, builder.begin())), True)
+        await body(_written(builder.begin()), True)
         try:
-            while isinstance(item, Chunk):
-                if events := b"".join(map(named, builder.take(item))):
+            while not isinstance(burst[-1], Done):
+                if events := _told(builder, burst):
                     await body(events, True)
-                item = await next_item(items)
+                burst = await next_burst(bursts)
         except (Refused, GenerationFailed) as error:
             await body(named(builder.failed(error.code, error.message)), False)
             raise
-    await body(b"".join(map(named, builder.end(item))), False)
+    await body(_told(builder, burst), False)
+
+
+def _told(builder: ResponseBuilder, burst: Iterable[Chunk | Done]) -> bytes:
+    """The events of these pieces."""
+    rows = (builder.end(item) if isinstance(item, Done) else builder.take(item) for item in burst)
+    return b"".join(map(_written, rows))
+
+
+def _written(events: Iterable[Event]) -> bytes:
+    return b"".join(map(named, events))
 
 
 class ResponseBuilder:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from agentd.agents.admission import Admission
@@ -22,6 +22,8 @@ from agentd.models.types import (
     Vectors,
 )
 
+# Pieces of an answer, as many at a time as were there; the last item is a Done.
+Bursts = AsyncGenerator[Sequence[Chunk | Done], None]
 # A model that is still being fetched: when to ask again.
 _NOT_READY_RETRY_S = 5.0
 
@@ -35,9 +37,9 @@ class Turn:
     # CLOCK_BOOTTIME.
     deadline_s: float
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk | Done]:
+    def generate(self, request: GenerateRequest) -> Bursts:
         """One answer. Close it, also when it was not read to its end."""
-        return self.host.generate(self._timed(request))
+        return self.host.bursts(self._timed(request))
 
     async def embed(self, request: GenerateRequest, inputs: list[str]) -> Vectors:
         """Vectors of the inputs."""
@@ -109,12 +111,22 @@ def of_failure(failure: GenerationFailed) -> ApiError:
     return ApiError(504 if failure.code == "timeout" else 503, failure.code, failure.message, retry_after_s=1.0)
 
 
-async def next_item(items: AsyncIterator[Chunk | Done]) -> Chunk | Done:
-    """The next item of an answer; the end without a Done is a failure."""
+async def next_burst(bursts: Bursts) -> Sequence[Chunk | Done]:
+    """What came next of an answer; the end without a Done is a failure."""
     try:
-        return await anext(items)
+        return await anext(bursts)
     except StopAsyncIteration:
         raise GenerationFailed("incomplete_answer", "the model's answer ended without its end") from None
+
+
+async def collect(bursts: Bursts, take: Callable[[Chunk], None]) -> Done:
+    """Give each piece of a whole answer to ``take``; its end."""
+    async with aclosing(bursts):
+        while True:
+            for item in await next_burst(bursts):
+                if isinstance(item, Done):
+                    return item
+                take(item)
 
 
 class Account:

@@ -359,7 +359,9 @@ class Owner:
             self._failures.succeeded()
             speed = admission.decode_speed(reply.done)
             self._judge_speed(speed and speed * (1 + len(self._requests.running)))
-        self._measure(now)
+        # The kernel walks all pages of the worker to tell this: not after each of many short answers.
+        if now - life.memory[0] >= _WATCH_S:
+            self._measure(now)
 
     def _on_exited(self, how: Exit, now: float) -> None:
         ended, self._life = self._life, Life(serial=self._life.serial)

@@ -12,7 +12,7 @@ from slmfleet.v1 import worker_pb2
 class Ticket:
     """An asynchronous iterator over the answer. The owner pushes; one reader reads.
 
-    A slow reader costs no more than the answer's text: pieces that were not read yet are joined.
+    A slow reader costs little more than the answer's text: past a number of unread pieces, more of them are joined.
     """
 
     __slots__ = (
@@ -64,7 +64,7 @@ class Ticket:
         self.output_tokens += chunk.tokens
         if self.internal:
             return
-        last = self._items[-1] if self._items else None
+        last = self._items[-1] if len(self._items) >= _MOST_UNREAD else None
         if isinstance(last, Chunk) and _is_text(last) and _is_text(chunk):
             text = last.delta["content"] + chunk.delta["content"]
             self._items[-1] = Chunk({**last.delta, "content": text}, last.tokens + chunk.tokens)
@@ -90,6 +90,12 @@ class Ticket:
         """The reader is gone."""
         self._finished = True
         self._items.clear()
+
+    def rest(self) -> list[Chunk | Done | Vectors]:
+        """All that can be read without waiting, and is read now."""
+        items = list(self._items)
+        self._items.clear()
+        return items
 
     def __aiter__(self) -> Ticket:
         return self
@@ -117,3 +123,5 @@ def _is_text(chunk: Chunk) -> bool:
 
 
 _TEXT_KEYS = {"role", "content"}
+# A reader that keeps up gets every piece by itself, also when many arrive with one read from the worker's socket.
+_MOST_UNREAD = 1024

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -183,6 +183,11 @@ class ModelHost(Protocol):
 
         Raises Refused before anything ran, GenerationFailed after.
         """
+        ...
+
+    def bursts(self, request: GenerateRequest) -> AsyncGenerator[Sequence[Chunk | Done], None]:
+        """As ``generate``, but each time all items that are there, at least one: for readers that can pass several on
+        together. Close it."""
         ...
 
     async def embed(self, request: GenerateRequest, inputs: Sequence[str]) -> Vectors:

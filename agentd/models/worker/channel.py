@@ -12,11 +12,15 @@ from agentd.models.wire import FrameSplitter, encode
 from slmfleet.v1 import worker_pb2
 
 
+# Messages that wait for the socket; more of them are joined where they are text of one answer.
+_MOST_KEPT = 1024
+
+
 class Channel:
     """Frames in (one reading thread) and out (any thread).
 
-    A sender never waits for agentd: what the socket does not take is kept and joined, and a thread flushes it. The
-    backlog is bounded by the answers' own limits.
+    A sender never waits for agentd: what the socket does not take is kept, and a thread flushes it. A long backlog is
+    joined, so that it takes little more than the answers' text, which has limits of its own.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -65,7 +69,7 @@ class Channel:
             self._wake.wait_for(lambda: not self._unsent and not self._backlog, timeout_s)
 
     def _keep(self, reply: worker_pb2.WorkerReply) -> None:
-        last = self._backlog[-1] if self._backlog else None
+        last = self._backlog[-1] if len(self._backlog) >= _MOST_KEPT else None
         if last is not None and last.request_id == reply.request_id and _is_text(last) and _is_text(reply):
             last.chunk.text += reply.chunk.text
             last.chunk.tokens += reply.chunk.tokens
@@ -82,8 +86,8 @@ class Channel:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._unsent or self._backlog)
-                data = self._unsent or encode(self._backlog.popleft())
-                self._unsent = data
+                data = self._unsent = self._unsent + b"".join(map(encode, self._backlog))
+                self._backlog.clear()
             try:
                 self._socket.sendall(data)
             except OSError:

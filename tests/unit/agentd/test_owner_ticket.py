@@ -21,26 +21,28 @@ async def read(source: Ticket) -> list[Chunk | Done]:
     return [item async for item in source]  # type: ignore[misc]
 
 
-def test_unread_text_is_joined():
+def test_pieces_come_one_by_one_and_past_a_bound_unread_text_is_joined():
     async def scenario():
         t = ticket()
         t.push(Chunk({"role": "assistant", "content": "a"}), 1.0)
-        t.push(Chunk({"content": "b"}), 2.0)
+        for _ in range(2000):
+            t.push(Chunk({"content": "b"}), 2.0)
         t.push(Chunk({"tool_calls": []}), 3.0)
         t.push(Chunk({"content": "c"}, 1, logprobs={"x": 1}), 4.0)
         t.push(Chunk({"content": "d"}), 5.0)
         t.finish(DONE)
-        return t, await read(t)
+        return t, await anext(t), t.rest()
 
-    t, items = asyncio.run(scenario())
-    assert [i.delta for i in items[:-1]] == [
-        {"role": "assistant", "content": "ab"},
-        {"tool_calls": []},
-        {"content": "c"},
-        {"content": "d"},
-    ]
-    assert [i.tokens for i in items[:-1]] == [2, 1, 1, 1]
-    assert items[-1] == DONE
+    t, first, (*items, done) = asyncio.run(scenario())
+    assert first.delta == {"role": "assistant", "content": "a"}
+    assert items[0] == Chunk({"content": "b"})
+    assert len(items) < 1100
+    assert sum(item.tokens for item in items) == 2003
+    assert "".join(item.delta.get("content", "") for item in items) == "b" * 2000 + "cd"
+    # What is no plain text is never joined.
+    assert [item.delta for item in items[-3:]] == [{"tool_calls": []}, {"content": "c"}, {"content": "d"}]
+    assert done == DONE
+    assert t.rest() == []
     assert t.first_token_s == 1.0
 
 
