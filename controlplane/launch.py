@@ -11,13 +11,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
-from controlplane import datafolder, web
+from controlplane import datafolder
 from controlplane.config import LISTENERS, SERVED, Config
 from controlplane.db import migrate
 from controlplane.embedded.broker import HOST as BROKER_HOST
 from controlplane.embedded.broker import EmbeddedBroker
 from controlplane.embedded.dev import Embedded, running
 from controlplane.ingest.mqtt import MqttSettings
+from controlplane.listening import Address, bind, first_of
 from controlplane.server import Ground, run
 from slmfleet import logs
 from slmfleet.v1 import session_pb2
@@ -32,14 +33,12 @@ def dev(config: Config, explicit: frozenset[str]) -> None:
         datafolder.remove_runtime(folder)
         refuse_taken(config, explicit)
         last = datafolder.last_ports(folder)
-        _, broker_port = choose_address("mqtt_listen", config, explicit, last)
+        listen = {name: addresses(name, config, explicit, last) for name in LISTENERS}
         with running(
-            folder, postgres=not config.postgres_url, broker=not config.mqtt_url, broker_port=broker_port
+            folder, postgres=not config.postgres_url, broker=not config.mqtt_url, broker_at=listen["mqtt_listen"]
         ) as embedded:
             url = embedded.postgres.url() if embedded.postgres else config.postgres_url
             migrate.upgrade(url)
-            # As late as can be: of two that start at once, the second should see the ports of the first.
-            listen = {name: choose_address(name, config, explicit, last) for name in SERVED}
             _start(config, url, listen, embedded)
 
 
@@ -48,32 +47,31 @@ def serve(config: Config) -> None:
     with datafolder.hold(config.data_dir):
         datafolder.remove_runtime(config.data_dir)
         migrate.check(config.postgres_url)
-        _start(config, config.postgres_url, {name: getattr(config, name) for name in SERVED}, Embedded())
+        _start(config, config.postgres_url, {name: [getattr(config, name)] for name in SERVED}, Embedded())
 
 
 def refuse_taken(config: Config, explicit: frozenset[str]) -> None:
     """Raises UserError when an address that somebody gave can't be had: before a database is started for nothing."""
     for name in LISTENERS:
         if name in explicit:
-            web.bind(getattr(config, name), name).close()
+            bind(getattr(config, name), name).close()
 
 
-def choose_address(name: str, config: Config, explicit: frozenset[str], last: Mapping[str, int]) -> tuple[str, int]:
-    """Where ``dev`` listens: as somebody said; else the port of the last run (nodes look for it there), else the usual
-    one, else any free one (0)."""
+def addresses(name: str, config: Config, explicit: frozenset[str], last: Mapping[str, int]) -> list[Address]:
+    """Where ``dev`` may listen, best first: as somebody said and nowhere else; or on the port of the last run (nodes
+    look for it there), the usual one, any free one (0)."""
     host, port = getattr(config, name)
     if name in explicit:
-        return host, port
-    candidates = [known for known in (last.get(name), port) if known]
-    return host, next((known for known in candidates if web.is_free((host, known))), 0)
+        return [(host, port)]
+    return [(host, known) for known in dict.fromkeys((last.get(name), port, 0)) if known is not None]
 
 
-def _start(config: Config, url: str, listen: Mapping[str, tuple[str, int]], embedded: Embedded) -> None:
+def _start(config: Config, url: str, listen: Mapping[str, Sequence[Address]], embedded: Embedded) -> None:
     ground = Ground(
         config=config,
         postgres_url=url,
         own_database=embedded.postgres is not None,
-        http=web.bind(listen["http_listen"], "http_listen"),
+        http=first_of(listen["http_listen"], lambda address: bind(address, "http_listen")),
         listen=listen,
         mqtt=_server_mqtt(config, embedded.broker),
         node_mqtt=_NodeMqtt(config, embedded.broker),

@@ -23,6 +23,7 @@ from controlplane.embedded.dev import Embedded
 from controlplane.gateway.app import GatewayPolicy, build_gateway
 from controlplane.ingest.ingest import Ingest
 from controlplane.ingest.mqtt import MqttSettings
+from controlplane.listening import Address, first_of
 from controlplane.metrics import MetricsApp
 from controlplane.node_api.pki import Pki
 from controlplane.node_api.server import Addresses, BoundPorts, NodeApi
@@ -51,8 +52,8 @@ class Ground:
     own_database: bool
     # Bound and listening.
     http: socket.socket
-    # Address to listen on, by option; port 0 takes a free one.
-    listen: Mapping[str, tuple[str, int]]
+    # Addresses to listen on, by option: the first that can be had; port 0 takes a free one.
+    listen: Mapping[str, Sequence[Address]]
     mqtt: MqttSettings
     # What a node is told of the broker, from its id and its stored password.
     node_mqtt: Callable[[str, str], session_pb2.MqttEndpoint]
@@ -112,9 +113,9 @@ async def assemble(ground: Ground, engine: AsyncEngine) -> Parts:
 
     pem = {name: pki.folder / f"{name}.pem" for name in ("server", "ca")}
     artifacts = ArtifactServer(
-        blobs, engine, *listen["artifacts_listen"], pem["server"], pki.folder / "server.key", pem["ca"]
+        blobs, engine, *listen["artifacts_listen"][0], pem["server"], pki.folder / "server.key", pem["ca"]
     )
-    artifacts_port = artifacts.bind()
+    artifacts_port = first_of(listen["artifacts_listen"], artifacts.bind)
     node_api = NodeApi(
         engine,
         hints,

@@ -4,40 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import socket
 from collections.abc import Iterator, Mapping
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
-
-from slmfleet.errors import UserError
-
-BACKLOG = 2048
-
-
-def bind(address: tuple[str, int], key: str) -> socket.socket:
-    """A listening TCP socket; port 0 takes a free one. Raises UserError that names ``key``, the option to change."""
-    host, port = address
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(
-                f"cannot listen on {where}: another program does; stop it, or set another {key} (port 0: any free one)"
-            ) from None
-        raise UserError(f"cannot listen on {where}: {error.strerror or error}; set another {key}") from None
-
-
-def is_free(address: tuple[str, int]) -> bool:
-    """Whether the address could be listened on a moment ago."""
-    try:
-        bind(address, "").close()
-    except UserError:
-        return False
-    return True
 
 
 class ByPrefix:

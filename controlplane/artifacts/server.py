@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
 import re
@@ -27,8 +26,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from controlplane.artifacts.ranges import Range, Unsatisfiable, parse_range
 from controlplane.artifacts.store import CHUNK_BYTES, BlobStore
+from controlplane.listening import Address, bind
 from slmfleet import logs
-from slmfleet.errors import UserError
 
 log = logs.get(__name__)
 
@@ -83,16 +82,11 @@ class ArtifactServer:
         """The port that is listened on."""
         return self._port
 
-    def bind(self) -> int:
-        """Take the port; connections wait until ``run``. Raises UserError when it is taken."""
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        try:
-            self._socket = socket.create_server((self._host, self._port), family=family, backlog=1024)
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            why = "the port is taken: choose another one" if taken else error.strerror
-            raise UserError(f"cannot listen on {self._host}:{self._port} for artifacts: {why}") from None
-        self._port = self._socket.getsockname()[1]
+    def bind(self, address: Address | None = None) -> int:
+        """Take the port, that of ``address`` if one is given; connections wait until ``run``. Raises UserError when it
+        is taken."""
+        self._socket = bind(address or (self._host, self._port), "artifacts_listen")
+        self._host, self._port = self._socket.getsockname()[:2]
         return self._port
 
     async def run(self) -> None:

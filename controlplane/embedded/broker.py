@@ -31,13 +31,17 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 from controlplane.embedded.children import spawn, stop
+from controlplane.listening import Address, first_of
 from slmfleet.errors import UserError
 
 HOST = "127.0.0.1"
 SLOTS = 4096
 SERVER_NAME = "controlplane"
-_PORT_IS_OURS = "port is free"
+# Ports to try where any will do.
+ATTEMPTS = 3
 START_DEADLINE_S = 30.0
 # A node's batches are far smaller; what is larger is cut off by the broker.
 MAX_PAYLOAD_BYTES = 1 << 20
@@ -125,21 +129,26 @@ class EmbeddedBroker:
         if importlib.util.find_spec("iotcore") is None:
             raise UserError("no embedded MQTT broker here: install it with pip install 'slmfleet[embedded]'")
         self._secret = _secret(self._folder)
-        if not self._port:
-            self._port = _free_port()
+        # The child binds for itself: what was free may be taken by then.
+        ports = [self._port] if self._port else [_free_port() for _ in range(ATTEMPTS)]
+        self._port = first_of([(HOST, port) for port in ports], self._start)
+
+    def _start(self, address: Address) -> int:
+        port = address[1]
         # -P: a folder named like a package in the working directory must not shadow it.
         argv = [sys.executable, "-P", "-m", "controlplane.embedded.broker"]
         with (self._folder / "broker.log").open("wb") as broker_log:
             self._process = spawn(argv, stdin=subprocess.PIPE, log=broker_log)
         assert self._process.stdin is not None
         # By pipe: no password in the process list, none in a file. The pipe's end tells the child to end.
-        self._process.stdin.write(json.dumps({"port": self._port, "secret": self._secret.hex()}).encode() + b"\n")
+        self._process.stdin.write(json.dumps({"port": port, "secret": self._secret.hex()}).encode() + b"\n")
         self._process.stdin.flush()
         try:
-            self._wait_until_ready()
+            self._wait_until_ready(port)
         except BaseException:
             self.stop()
             raise
+        return port
 
     def alive(self) -> bool:
         """Whether the broker runs."""
@@ -155,21 +164,17 @@ class EmbeddedBroker:
                 self._process.stdin.close()
         self._process = None
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, port: int) -> None:
         assert self._process is not None
         deadline = time.monotonic() + START_DEADLINE_S
-        # The child's word first: on a port that somebody else has taken, somebody else accepts.
-        while not (_PORT_IS_OURS in self._said() and _accepts(self._port)):
+        while not _listens(self._process.pid, port):
             try:
                 self._process.wait(0.02)
             except subprocess.TimeoutExpired:
                 if time.monotonic() < deadline:
                     continue
-            said = self._said() or ["it said nothing"]
-            raise UserError(f"the embedded MQTT broker did not start: {said[-1]}")
-
-    def _said(self) -> list[str]:
-        return (self._folder / "broker.log").read_text(errors="replace").strip().splitlines()
+            said = (self._folder / "broker.log").read_text(errors="replace").strip().splitlines()
+            raise UserError(f"the embedded MQTT broker did not start: {said[-1] if said else 'it said nothing'}")
 
 
 def _secret(folder: Path) -> bytes:
@@ -190,9 +195,13 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _accepts(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1.0):
-        return True
+def _listens(pid: int, port: int) -> bool:
+    """Whether that very process does: on a port that somebody else has taken, somebody else accepts."""
+    with contextlib.suppress(psutil.Error):
+        return any(
+            link.status == psutil.CONN_LISTEN and link.laddr.port == port
+            for link in psutil.Process(pid).net_connections("tcp4")
+        )
     return False
 
 
@@ -213,8 +222,6 @@ def main() -> None:
         file.write(settings(given["port"], users(bytes.fromhex(given["secret"]))))
         file.flush()
         broker = IotCoreBroker(config_path=file.name)
-    broker.check_ports()
-    print(_PORT_IS_OURS, flush=True)
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     broker.run_forever()

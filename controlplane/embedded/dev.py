@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from controlplane.embedded.broker import EmbeddedBroker
 from controlplane.embedded.postgres import EmbeddedPostgres
+from controlplane.listening import Address, first_of
 from slmfleet.errors import UserError
 
 LOOK_EVERY_S = 0.5
@@ -42,8 +43,9 @@ class Embedded:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *, postgres: bool, broker: bool, broker_port: int) -> Iterator[Embedded]:
-    """Start what is wanted, PostgreSQL first; stop it in the reverse order. Blocks; use the main thread."""
+def running(folder: Path, *, postgres: bool, broker: bool, broker_at: Sequence[Address]) -> Iterator[Embedded]:
+    """Start what is wanted, PostgreSQL first, the broker at the first address that can be had (all on loopback); stop
+    it in the reverse order. Blocks; use the main thread."""
     with contextlib.ExitStack() as stack:
         database = events = None
         if postgres:
@@ -51,7 +53,11 @@ def running(folder: Path, *, postgres: bool, broker: bool, broker_port: int) -> 
             stack.callback(database.stop)
             database.start()
         if broker:
-            events = EmbeddedBroker(folder / "mqtt", broker_port)
+            events = first_of(broker_at, lambda address: _started(EmbeddedBroker(folder / "mqtt", address[1])))
             stack.callback(events.stop)
-            events.start()
         yield Embedded(database, events)
+
+
+def _started(broker: EmbeddedBroker) -> EmbeddedBroker:
+    broker.start()
+    return broker

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from controlplane.db.engine import Hints
+from controlplane.listening import Address, first_of
 from controlplane.node_api.distributor import Distributor
 from controlplane.node_api.enrollment import EnrollmentService
 from controlplane.node_api.links import NodeLinks
@@ -33,10 +34,10 @@ _ENROLLMENTS_AT_ONCE = 512
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where to listen: (host, port), port 0 = any free one."""
+    """Where to listen: for each server the first (host, port) that can be had, port 0 = any free one."""
 
-    enrollment: tuple[str, int]
-    node_api: tuple[str, int]
+    enrollment: Sequence[Address]
+    node_api: Sequence[Address]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,10 @@ class NodeApi:
         server_tls = grpc.ssl_server_credentials([(key, chain)])
         mutual_tls = grpc.ssl_server_credentials([(key, chain)], self._pki.ca_pem, require_client_auth=True)
         self.ports = BoundPorts(
-            enrollment=_bind(enrollment, self._addresses.enrollment, server_tls, "enrollment_listen"),
-            node_api=_bind(node_api, self._addresses.node_api, mutual_tls, "node_listen"),
+            enrollment=first_of(
+                self._addresses.enrollment, lambda at: _bind(enrollment, at, server_tls, "enrollment_listen")
+            ),
+            node_api=first_of(self._addresses.node_api, lambda at: _bind(node_api, at, mutual_tls, "node_listen")),
         )
         self._endpoints = self._make_endpoints(self.ports)
         for server in (enrollment, node_api):
@@ -171,7 +174,7 @@ def _common_options() -> list[tuple[str, int]]:
     ]
 
 
-def _bind(server: grpc.aio.Server, address: tuple[str, int], tls: grpc.ServerCredentials, key: str) -> int:
+def _bind(server: grpc.aio.Server, address: Address, tls: grpc.ServerCredentials, key: str) -> int:
     host, port = address
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:

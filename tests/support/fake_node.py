@@ -73,7 +73,7 @@ class NodeApiRig:
             self.hints,
             self.pki,
             replica_id,
-            addresses=Addresses(("127.0.0.1", 0), ("127.0.0.1", 0)),
+            addresses=Addresses([("127.0.0.1", 0)], [("127.0.0.1", 0)]),
             endpoints=_endpoints,
             mqtt=lambda node_id, password: session_pb2.MqttEndpoint(
                 host="127.0.0.1", port=1883, username=node_id, password=password

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import random
+import shutil
 import signal
 import socket
 import sys
@@ -19,6 +22,7 @@ import asyncpg
 import psutil
 import pytest
 
+from controlplane.config import LISTENERS
 from tests.support.mqtt import Mqtt
 from tests.support.processes import Child, accepts, assert_gone, nothing_left_behind, wait_until
 
@@ -74,6 +78,19 @@ def running(
         yield ControlPlane(child, folder)
 
 
+def with_own_ports(folder: Path) -> Path:
+    """A data folder whose last run had ports that nobody else here looks for, nor gets by chance (those are higher)."""
+    folder.mkdir(mode=0o700)
+    ports: dict[str, int] = {}
+    for name in LISTENERS:
+        while name not in ports:
+            port = random.randrange(20_000, 32_000)
+            with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+                ports[name] = port
+    (folder / "ports.json").write_text(json.dumps(ports))
+    return folder
+
+
 def ended(folder: Path, *arguments: str, command: str = "dev") -> tuple[int, str]:
     """Exit status and output of a start that is expected to fail."""
     with Child([PROGRAM, command, "--data-dir", folder, *arguments]) as child:
@@ -81,7 +98,7 @@ def ended(folder: Path, *arguments: str, command: str = "dev") -> tuple[int, str
 
 
 def test_dev_from_the_first_start_to_the_second(folder: Path) -> None:
-    folder = folder / "data"
+    folder = with_own_ports(folder / "data")
     with nothing_left_behind(), running(folder) as first:
         assert first.child.wait_for_line("MQTT broker knows passwords and no certificates")
         assert first.facts["children"] == [process.pid for process in psutil.Process(first.child.pid).children()]
@@ -116,7 +133,7 @@ def test_dev_from_the_first_start_to_the_second(folder: Path) -> None:
 
 
 def test_dev_after_kill_9(folder: Path) -> None:
-    folder = folder / "data"
+    folder = with_own_ports(folder / "data")
     with running(folder) as first:
         family = first.family()
         token, facts = first.token, first.facts
@@ -128,6 +145,24 @@ def test_dev_after_kill_9(folder: Path) -> None:
         assert second.call("/api/v1/info", token=token)[0] == 200
         assert second.facts["node_api"] == facts["node_api"]
         assert second.child.stop() == 0
+
+
+def test_two_that_start_at_once_share_no_port(folder: Path) -> None:
+    folders = [with_own_ports(folder / "one"), folder / "two"]
+    folders[1].mkdir(mode=0o700)
+    shutil.copy(folders[0] / "ports.json", folders[1])
+    with (
+        Child([PROGRAM, "dev", "--data-dir", folders[0]]) as one,
+        Child([PROGRAM, "dev", "--data-dir", folders[1]]) as two,
+    ):
+        planes = [ControlPlane(child, data) for child, data in zip((one, two), folders, strict=True)]
+        for plane in planes:
+            assert plane.call("/api/v1/info", token=plane.token)[0] == 200
+        addresses = [
+            plane.facts[name] for plane in planes for name in ("http", "enrollment", "node_api", "artifacts", "mqtt")
+        ]
+        assert len(set(addresses)) == 10
+        assert [plane.child.stop() for plane in planes] == [0, 0]
 
 
 def test_one_control_plane_a_folder(folder: Path) -> None:
