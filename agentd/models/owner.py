@@ -504,9 +504,10 @@ class Owner:
     def _over_limit(self, now: float) -> str:
         """Why a worker that no cgroup holds must go: agentd is its watchdog. Looked at once a second while it works."""
         worker = self._life.worker
-        if worker is None or not worker.is_watched or now - self._life.memory[0] < _WATCH_S:
+        if worker is None or not worker.is_watched:
             return ""
-        self._life.memory = (now, self._launcher.memory_bytes(worker))
+        if now - self._life.memory[0] >= _WATCH_S:
+            self._life.memory = (now, self._launcher.memory_bytes(worker))
         excess = life.over_limit(self._life.memory[1], worker.limit_bytes)
         self.ledger.current.over_limit += bool(excess)
         return excess

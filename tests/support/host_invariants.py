@@ -23,7 +23,8 @@ class Watch:
         self.broken: list[str] = []
         self.events = 0
         self.evictions = 0
-        self.host: Host | None = None
+        # Those that run under this watch.
+        self.hosts: list[Host] = []
         self._tickets: dict[int, Ticket] = {}
         self._ends: dict[int, int] = {}
         watch = self
@@ -60,7 +61,7 @@ class Watch:
 
         def watched_start(requests: Requests, now: float) -> Any:
             message = start(requests, now)
-            watch.after_start()
+            watch.after_start(requests)
             return message
 
         for cls, name, function in (
@@ -117,12 +118,12 @@ class Watch:
             loaded = len(scheduler._grants)
             self.expect(loaded <= budget.max_loaded_models, f"{loaded} loaded, {budget.max_loaded_models} allowed")
 
-    def after_start(self) -> None:
+    def after_start(self, requests: Requests) -> None:
         """Never more requests run on the node than may."""
-        assert self.host is not None
-        limit = self.host._max_concurrent()
-        running = sum(owner.running for owner in self.host._owners.values())
-        self.expect(not limit or running <= limit, f"{running} requests run, {limit} may")
+        for host in self.hosts:
+            limit, running = host._max_concurrent(), sum(owner.running for owner in host._owners.values())
+            starts = any(owner._requests is requests for owner in host._owners.values())
+            self.expect(not starts or not limit or running <= limit, f"{running} requests run, {limit} may")
 
     def end_of(self, ticket: Ticket) -> None:
         if not ticket.finished:
@@ -151,8 +152,6 @@ class Watch:
 
     def lost(self) -> list[Ticket]:
         """Requests without an end that nobody holds any more, when all is quiet."""
-        assert self.host is not None
-        held = {
-            id(t) for o in self.host._owners.values() for t in (*o._requests.waiting, *o._requests.running.values())
-        }
+        owners = [owner for host in self.hosts for owner in host._owners.values()]
+        held = {id(t) for o in owners for t in (*o._requests.waiting, *o._requests.running.values())}
         return [t for key, t in self._tickets.items() if not t.finished and key not in held]

@@ -24,6 +24,8 @@ class LoadSpec:
     kv_type: str = ""
     gpu_layers: int = -1
     lock_memory: bool = False
+    # "", "distribute" or "isolate": placement on machines with several memory nodes.
+    numa: str = ""
     # LoRA adapters: name -> path.
     adapters: Mapping[str, Path] | None = None
     draft: Path | None = None

@@ -164,6 +164,8 @@ def _parameters(spec: LoadSpec) -> Any:
     parameters.ui = False
     # Errors only: other lines tell of prompts.
     parameters.verbosity = 1
+    if spec.numa:
+        parameters.numa = getattr(xllamacpp.ggml_numa_strategy, f"GGML_NUMA_STRATEGY_{spec.numa.upper()}")
     if spec.lock_memory:
         parameters.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP_MLOCK
     if spec.kv_type:

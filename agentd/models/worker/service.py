@@ -208,6 +208,7 @@ def _spec(load: WorkerRequest.Load) -> LoadSpec:
         kv_type=load.kv_type,
         gpu_layers=load.gpu_layers,
         lock_memory=load.lock_memory,
+        numa=load.numa,
         adapters={adapter.name: Path(adapter.path) for adapter in load.adapters},
         draft=Path(load.draft) if load.draft else None,
     )

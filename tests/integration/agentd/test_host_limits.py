@@ -115,3 +115,21 @@ def test_worker_goes_before_agentd_when_the_device_is_out_of_memory(tmp_path: Pa
             assert oom_score(str(pid)) > oom_score("self")
 
     asyncio.run(scenario())
+
+
+def test_model_that_became_far_slower_is_told_until_it_recovers(tmp_path: Path):
+    model = stub(tmp_path, "m")
+
+    async def scenario():
+        async def speed(tokens_per_s: int, tokens: int) -> str:
+            await answer(host, request(model.key, f'{{"tokens_per_s": {tokens_per_s}}}', tokens))
+            return status_of(host, model.key).thrashing
+
+        async with running(Host(settings()), [model]) as host:
+            assert await speed(200, 100) == ""
+            assert "tokens/s instead of" in await speed(5, 10)
+            assert "tokens/s instead of" in await speed(5, 10)
+            assert host.totals()[model.key].thrashes == 1
+            assert await speed(200, 100) == ""
+
+    asyncio.run(scenario())

@@ -109,7 +109,8 @@ async def scenario(seed: int, watch: Watch) -> None:
         keep_alive_s=chance.choice([0, 1, 300]),
     )
     memory = Memory(10**12, 10**12)
-    watch.host = host = Host(settings, launcher, memory=lambda: memory)
+    host = Host(settings, launcher, memory=lambda: memory)
+    watch.hosts.append(host)
     ends: list[str] = []
     running = asyncio.create_task(host.run())
     await asyncio.sleep(0)
@@ -195,7 +196,8 @@ def test_a_model_in_use_declines_to_go_and_the_planner_hears_of_it(use: str, mon
     async def main() -> None:
         watch = Watch(monkeypatch)
         launcher = FakeLauncher(random.Random(1))
-        watch.host = host = Host(HostSettings(max_loaded_models=1), launcher, memory=lambda: Memory(10**12, 10**12))
+        host = Host(HostSettings(max_loaded_models=1), launcher, memory=lambda: Memory(10**12, 10**12))
+        watch.hosts.append(host)
         running = asyncio.create_task(host.run())
         await asyncio.sleep(0)
         model = LoadableModel(KEYS[0], "fake", Path("/nowhere/0"), 100)
