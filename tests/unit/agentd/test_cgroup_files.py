@@ -115,3 +115,23 @@ def test_pressure(tmp_path: Path):
     assert stalled_fraction(tmp_path) == 0.0
     write(tmp_path / "proc/pressure/memory", "some avg10=12.50 avg60=1.00 avg300=0 total=9\nfull avg10=0 total=0\n")
     assert stalled_fraction(tmp_path) == 0.125
+
+
+def test_v2_process_that_is_in_the_leaf_already_uses_the_same_parent(v2: Path):
+    """An agentd that another one started, or that looks again: no leaf inside the leaf."""
+    assert open_cgroups(v2) is not None
+    own = v2 / "sys/fs/cgroup/system.slice/agentd.service"
+    write(v2 / "proc/self/cgroup", "0::/system.slice/agentd.service/agentd\n")
+    write(own / "agentd/cgroup.controllers", "cpu memory pids\n")
+    again = open_cgroups(v2)
+    assert again is not None
+    assert again.create("worker-2", LIMITS).enter == [own / "slmfleet/worker-2/cgroup.procs"]
+    assert not (own / "agentd/agentd").exists()
+
+
+def test_pressure_of_a_group_counts_before_that_of_the_system(tmp_path: Path):
+    group = tmp_path / "group"
+    write(tmp_path / "proc/pressure/memory", "some avg10=50.00 avg60=0 avg300=0 total=0\n")
+    assert stalled_fraction(tmp_path, group) == 0.5
+    write(group / "memory.pressure", "some avg10=2.00 avg60=0 avg300=0 total=0\n")
+    assert stalled_fraction(tmp_path, group) == 0.02
