@@ -14,7 +14,9 @@ from pathlib import Path
 from bench.report import ROOT, Result
 from slmfleet.errors import UserError
 
-NAMES = ("agentd-idle-memory", "agentd-start", "local-tokens", "failover-killed")
+NAMES = (
+    "agentd-idle-memory", "agentd-start", "local-tokens", "first-token-added", "relay-chunks", "failover-killed",
+)  # fmt: skip
 RESULTS = ROOT / "bench" / "results"
 
 
