@@ -94,9 +94,10 @@ class Node:
 class Site:
     """See the module. ``host`` is this machine's address as the nodes see it."""
 
-    def __init__(self, folder: Path, host: str, stack: contextlib.ExitStack, flags: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, host: str, beat: str, stack: contextlib.ExitStack, flags: tuple[str, ...]) -> None:
         self.folder = folder
         self.host = host
+        self.beat = beat
         self.ports = {name: free_port() for name in ("http", "enrollment", "node", "artifacts")}
         self.postgres = EmbeddedPostgres(folder / "postgres")
         self.broker = EmbeddedBroker(folder / "mqtt")
@@ -130,7 +131,7 @@ class Site:
             "mqtt-node-url": f"mqtt://{user}:{password}@{self.host}:{self.mqtt_line.port}",
             "http-listen": f"127.0.0.1:{self.ports['http']}",
             "advertise": self.host,
-            "beat": "500ms",
+            "beat": self.beat,
             **listen,
         }
         flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
@@ -267,12 +268,12 @@ class Site:
 
 
 @contextlib.contextmanager
-def site(host: str = "127.0.0.1", *flags: str) -> Iterator[Site]:
+def site(host: str = "127.0.0.1", *flags: str, beat: str = "500ms") -> Iterator[Site]:
     """A fleet without nodes; everything ends with the block. ``flags`` go to `controlplane serve`."""
     # Not pytest's folder: the user that PostgreSQL runs as must be able to cross all parents.
     with contextlib.ExitStack() as stack:
         folder = tempfile.TemporaryDirectory(prefix="slmfleet-site-", ignore_cleanup_errors=True)
-        yield Site(Path(stack.enter_context(folder)), host, stack, flags)
+        yield Site(Path(stack.enter_context(folder)), host, beat, stack, flags)
 
 
 def _has_ended(child: Child) -> bool:
