@@ -86,6 +86,8 @@ async def _http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiProblem):
         return response(error)
+    if error.status_code == 400 and (why := _why_unread(error.__cause__)):
+        return response(_no_json(why))
     details = {
         404: f"there is nothing at {request.url.path}: the API is described at /docs",
         405: f"{request.method} is not allowed at {request.url.path}",
@@ -96,22 +98,48 @@ async def _http_exception(request: Request, error: Exception) -> JSONResponse:
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    for item in error.errors():
+        if item["type"] == "json_invalid":
+            what, (_, position) = item["ctx"]["error"], item["loc"]
+            return response(_no_json(f"{what[:1].lower()}{what[1:]} at {_place(str(error.body), position)}"))
     return response(invalid([_from_pydantic(item) for item in error.errors()]))
+
+
+def _no_json(why: str) -> ApiProblem:
+    """400 for a body that could not even be read."""
+    return ApiProblem(400, f"the body is no JSON: {why}", "invalid-json")
+
+
+def _place(text: str, position: int) -> str:
+    """As editors count: both from 1."""
+    before = text[:position]
+    return f"line {before.count(chr(10)) + 1}, column {position - before.rfind(chr(10))}"
+
+
+def _why_unread(cause: BaseException | None) -> str:
+    """What Python's reader of JSON stumbles over before it looks for JSON; "" when it was something else."""
+    match cause:
+        case UnicodeDecodeError():
+            return f"its byte {cause.start + 1} is not UTF-8"
+        case RecursionError():
+            return "it is nested too deeply"
+        case ValueError():
+            return "a number in it has too many digits"
+        case _:
+            return ""
 
 
 def _from_pydantic(item: Mapping[str, Any]) -> Problem:
     place, *path = item["loc"]
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "json_invalid":
-        return Problem("", f"the body is no JSON ({item['ctx']['error']})")
     if item["type"] == "missing" and not path:
-        return Problem("", "the body is missing: send JSON, with Content-Type: application/json")
+        return Problem("", "the body is missing: send JSON")
     if item["type"] == "extra_forbidden":
         message = "this field is not known: remove it"
     elif item["type"] == "missing":
         path, message = path[:-1], f"{path[-1]} is missing"
     elif item["type"] in ("model_attributes_type", "dict_type"):
-        message = "must be a JSON object, sent with Content-Type: application/json"
+        message = "must be a JSON object"
     if place != "body":
         return Problem("", f"{place} parameter {path[0] if path else ''}: {message}")
     return Problem(pointer_to(path), message)

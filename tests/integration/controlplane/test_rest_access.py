@@ -280,12 +280,41 @@ def test_errors_of_the_framework_are_problems_too(migrated_postgres_url: str) ->
         answer = await api.client.delete("/api/v1/info")
         assert (answer.status_code, answer.headers["content-type"], answer.headers["allow"]) == (405, PROBLEM, "GET")
         assert (await api.client.get("/nothing")).headers["content-type"] == PROBLEM
-        for content in (b"{", b"\xff", b"[" * 100_000, b'{"documents": [' + b"9" * 5000 + b"]}"):
-            answer = await api.client.post(
-                "/api/v1/apply", content=content, headers={"content-type": "application/json"}
-            )
-            assert answer.status_code in (400, 422), answer.text
-            assert answer.headers["content-type"] == PROBLEM
+
+    run(migrated_postgres_url, test)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'{"documents": [1],\n  "x": }', "expecting value at line 2, column 8"),
+        (b"{", "expecting property name enclosed in double quotes at line 1, column 2"),
+        (b'{"a": 1} b', "extra data at line 1, column 10"),
+        (b'"\xff"', "its byte 2 is not UTF-8"),
+        (b"[" * 100_000, "it is nested too deeply"),
+        (b'{"documents": [' + b"9" * 5000 + b"]}", "a number in it has too many digits"),
+    ],
+)
+def test_a_body_that_is_no_json_says_where(migrated_postgres_url: str, content: bytes, why: str) -> None:
+    async def test(api: Api) -> None:
+        for method, path in (("POST", "/apply"), ("PUT", "/groups/shops"), ("PATCH", "/nodes/edge-1")):
+            for kind in ("application/json", "application/x-www-form-urlencoded", None):
+                headers = {"content-type": kind} if kind else {}
+                answer = await api.client.request(method, f"/api/v1{path}", content=content, headers=headers)
+                assert (answer.status_code, answer.headers["content-type"]) == (400, PROBLEM)
+                problem = answer.json()
+                assert problem["detail"] == f"the body is no JSON: {why}"
+                assert problem["type"] == "urn:slmfleet:problem:invalid-json"
+
+    run(migrated_postgres_url, test)
+
+
+def test_json_is_json_whatever_the_client_calls_it(migrated_postgres_url: str) -> None:
+    async def test(api: Api) -> None:
+        manifest = {"apiVersion": "slmfleet/v1", "kind": "Group", "metadata": {"name": "all"}, "spec": {"selector": ""}}
+        headers = {"content-type": "application/x-www-form-urlencoded"}
+        answer = await api.client.put("/api/v1/groups/all", content=json.dumps(manifest), headers=headers)
+        assert answer.status_code == 201
 
     run(migrated_postgres_url, test)
 
