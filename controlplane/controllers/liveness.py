@@ -7,7 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from controlplane.controllers.base import Controller
 from controlplane.controllers.leadership import Leadership
 from controlplane.db import fleet, leaders
-from controlplane.domain.liveness import DOWN, LivenessPolicy, Verdict, assess
+from controlplane.domain.liveness import LivenessPolicy, Verdict, assess
 from slmfleet import logs
 
 log = logs.get(__name__)
@@ -43,7 +43,4 @@ class LivenessController(Controller):
 
 
 def _differs(node: fleet.NodeFacts, verdict: Verdict) -> bool:
-    # The reason of a node that is down tells for how long; that alone is not worth a write each pass.
-    if node.state is not verdict.state:
-        return True
-    return verdict.state not in DOWN and node.reason != verdict.reason
+    return node.state is not verdict.state or node.reason != verdict.reason

@@ -32,6 +32,7 @@ that came back has yet to apply its newest desired state, else ``online``::
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -127,9 +128,8 @@ def assess(now: float, policy: LivenessPolicy, facts: Facts) -> Verdict:
 
     if held and silence < policy.suspect_ttls * policy.ttl_s:
         if facts.presence is False and silence >= policy.presence_beats * policy.beat_s:
-            return Verdict(
-                NodeState.SUSPECT, f"a beat is missing ({silence:.0f} s) and its last will came over MQTT", recheck_at
-            )
+            last = _time(session.last_seen_at)
+            return Verdict(NodeState.SUSPECT, f"no beat since {last}, and its last will came over MQTT", recheck_at)
         state, reason = _connected(facts)
         return Verdict(state, reason, recheck_at)
 
@@ -169,16 +169,20 @@ def _level(policy: LivenessPolicy, silence: float, facts: Facts, now: float) -> 
 
 
 def _why(level: int, now: float, session: Session, facts: Facts, policy: LivenessPolicy) -> str:
-    """The sentence for a node that is down. Silence is told as it is, without grace."""
+    """The sentence for a node that is down; it stays true as time goes by, for it is stored. Silence is told as it is,
+    without grace."""
     silence = now - session.last_seen_at
-    if session.stream_open:
-        text = f"no beat for {silence:.0f} s"
-    else:
-        text = "its stream closed" + (f" ({session.close_reason})" if session.close_reason else "")
-        text += f", last beat {silence:.0f} s ago" if level > 1 else ""
+    text = f"no beat since {_time(session.last_seen_at)}"
+    if not session.stream_open:
+        closed = "its stream closed" + (f" ({session.close_reason})" if session.close_reason else "")
+        text = f"{closed}, {text}" if level > 1 else closed
     if level == 2 and silence >= policy.lost_ttls * policy.ttl_s and facts.telemetry_at is not None:
         text += "; it still sends telemetry" if now - facts.telemetry_at < policy.telemetry_ttls * policy.ttl_s else ""
     return text
+
+
+def _time(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _next_threshold(now: float, policy: LivenessPolicy, facts: Facts, graced_from: float) -> float | None:

@@ -105,7 +105,13 @@ def test_a_lost_node_that_came_and_went_is_suspect() -> None:
 
 def test_the_reason_tells_why_the_stream_closed() -> None:
     known = replace(facts(0, stream="closed"), session=Session(False, NOW, None, "connection reset"))
-    assert "connection reset" in assess(NOW, POLICY, known).reason
+    assert assess(NOW, POLICY, known).reason == "its stream closed (connection reset)"
+    lost = "its stream closed (connection reset), no beat since 1970-01-12 13:46:40 UTC"
+    assert assess(NOW + 9 * TTL, POLICY, known).reason == lost
+
+
+def test_the_reason_tells_since_when_nothing_was_heard() -> None:
+    assert assess(NOW + 3600, POLICY, facts(0)).reason == "no beat since 1970-01-12 13:46:40 UTC"
 
 
 spans = st.floats(min_value=0, max_value=12, allow_nan=False)
@@ -129,6 +135,15 @@ def test_nobody_is_lost_before_its_time(known: Facts) -> None:
     heard = max(known.session.last_seen_at, known.up_since, known.session.owner_died_at or 0)
     if known.previous is not S.LOST and assess(NOW, POLICY, known).state is S.LOST:
         assert NOW - heard >= POLICY.lost_ttls * TTL - 1e-6
+
+
+@given(some_facts, st.floats(min_value=0, max_value=0.999))
+def test_nothing_is_said_that_time_alone_makes_untrue(known: Facts, part: float) -> None:
+    """What is written once is read for months."""
+    verdict = assess(NOW, POLICY, known)
+    until = verdict.recheck_at if verdict.recheck_at is not None else NOW + 1e7
+    later = assess(NOW + part * (until - NOW), POLICY, known)
+    assert (later.state, later.reason) == (verdict.state, verdict.reason)
 
 
 @given(some_facts)
