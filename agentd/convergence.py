@@ -14,7 +14,9 @@ from pathlib import Path, PurePosixPath
 
 from agentd.artifacts.quota import Room, prune, refusal
 from agentd.models.types import LoadableModel, ModelKey, ModelState, ModelStatus, RuntimeOptions
+from slmfleet import variants
 from slmfleet.v1 import state_pb2 as pb
+from slmfleet.variants import Hardware
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
@@ -47,6 +49,8 @@ class Actual:
     views: Set[tuple[str, str]] = frozenset()
     # Views that were made or checked since agentd started.
     linked: Set[tuple[str, str]] = frozenset()
+    # Views of upstream models that are not on this device.
+    away: Set[tuple[str, str]] = frozenset()
     models: Mapping[ModelKey, ModelStatus] = field(default_factory=dict)
 
 
@@ -59,6 +63,10 @@ class Limits:
     views_root: Path
     keep_alive_s: float
     context_tokens: int
+    # What the choice of a variant depends on. The profile is the configured one: the one of the moment changes with
+    # every plug that is pulled, and each change of variant is a download.
+    hardware: Hardware = field(default_factory=Hardware)
+    profile: str = "balanced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,30 +157,34 @@ class _Item:
     variant: pb.Variant | None
     key: ModelKey | None
     problem: NoVariant | None
+    # Why this variant.
+    why: str = ""
 
     @property
     def view(self) -> tuple[str, str]:
         return (self.assignment.model.digest, self.variant.name if self.variant else "")
 
 
-def choose_variant(model: pb.ModelManifest, wanted: str, formats: Set[str]) -> pb.Variant | NoVariant:
-    """The variant ``wanted``, or with "" the first one that a backend here can load."""
-    if wanted:
-        named = next((variant for variant in model.variants if variant.name == wanted), None)
-        if named is None:
-            names = ", ".join(variant.name for variant in model.variants) or "none"
-            return NoVariant("NoSuchVariant", f"{model.name}@{model.version} has no variant {wanted!r}, only: {names}")
-        candidates = [named]
-    else:
-        candidates = list(model.variants)
-    for variant in candidates:
-        if variant.format in formats:
-            return variant
-    needed = ", ".join(sorted({variant.format for variant in candidates})) or "nothing"
-    have = ", ".join(sorted(formats)) or "none"
-    return NoVariant(
-        "NoBackend", f"no backend here loads {needed} (installed: {have}): install one, or add another variant"
-    )
+def choose_variant(
+    model: pb.ModelManifest, wanted: str, formats: Set[str], hardware: Hardware | None = None, profile: str = "balanced"
+) -> tuple[pb.Variant, str] | NoVariant:
+    """The variant ``wanted``, or with "" the one that suits the device best (see slmfleet/variants.py); and why."""
+    named = [variant for variant in model.variants if variant.name == wanted or not wanted]
+    if wanted and not named:
+        names = ", ".join(variant.name for variant in model.variants) or "none"
+        return NoVariant("NoSuchVariant", f"{model.name}@{model.version} has no variant {wanted!r}, only: {names}")
+    # One that was named has been weighed by whoever named it; the host still refuses what does not fit.
+    weighed = Hardware() if wanted or hardware is None else hardware
+    choice = variants.choose_variant([_candidate(variant) for variant in named], formats, weighed, profile)
+    if isinstance(choice, variants.NoChoice):
+        return NoVariant("NoBackend" if choice.lacks == "backend" else "NoMemory", choice.reason)
+    chosen = next(variant for variant in named if variant.name == choice.name)
+    return chosen, "the control plane chose it" if wanted else choice.reason
+
+
+def _candidate(variant: pb.Variant) -> variants.Candidate:
+    size = sum(file.size_bytes for file in variant.files)
+    return variants.Candidate(variant.name, variant.format, variant.quantization, size)
 
 
 def manifest_problem(assignment: pb.Assignment) -> str:
@@ -200,7 +212,7 @@ def plan(document: pb.NodeDocument | None, generation: int, actual: Actual, limi
     """See the module. ``document`` None: the node was never told anything, and nothing is touched."""
     if document is None:
         return Plan((), (), (), {}, frozenset(), frozenset(), None)
-    items = _items(document, limits.formats)
+    items = _items(document, limits)
     files = _files(items)
     room = Room(
         document.settings.model_cache_bytes or limits.room.cache_bytes,
@@ -208,7 +220,10 @@ def plan(document: pb.NodeDocument | None, generation: int, actual: Actual, limi
         limits.room.reserve_bytes,
     )
     job, failures = _job(files, actual, room, now_s)
-    loadable = [item for item in items if _is_linked(item, actual) and _may_serve(item)]
+    loadable = [
+        item for item in items
+        if _is_linked(item, actual) and _may_serve(item) and not _leaves_though_private(item, actual)
+    ]  # fmt: skip
     statuses = tuple(_status(item, generation, actual, failures) for item in items)
     ready = frozenset(
         status.id for status in statuses for condition in status.conditions
@@ -230,7 +245,7 @@ def plan(document: pb.NodeDocument | None, generation: int, actual: Actual, limi
     )
 
 
-def _items(document: pb.NodeDocument, formats: Set[str]) -> list[_Item]:
+def _items(document: pb.NodeDocument, limits: Limits) -> list[_Item]:
     items: list[_Item] = []
     digests: dict[ModelKey, str] = {}
     for assignment in document.assignments:
@@ -238,16 +253,17 @@ def _items(document: pb.NodeDocument, formats: Set[str]) -> list[_Item]:
         if problem:
             items.append(_Item(assignment, None, None, NoVariant("BadManifest", problem)))
             continue
-        choice = choose_variant(assignment.model, assignment.variant, formats)
+        choice = choose_variant(assignment.model, assignment.variant, limits.formats, limits.hardware, limits.profile)
         if isinstance(choice, NoVariant):
             items.append(_Item(assignment, None, None, choice))
             continue
-        key = ModelKey(assignment.model.name, assignment.model.version, choice.name)
+        variant, why = choice
+        key = ModelKey(assignment.model.name, assignment.model.version, variant.name)
         if digests.setdefault(key, assignment.model.digest) != assignment.model.digest:
             other = NoVariant("VersionConflict", f"two different contents are called {key}: give one a new version")
             items.append(_Item(assignment, None, None, other))
             continue
-        items.append(_Item(assignment, choice, key, None))
+        items.append(_Item(assignment, variant, key, None, why))
     return items
 
 
@@ -291,6 +307,12 @@ def _is_linked(item: _Item, actual: Actual) -> bool:
 
 def _may_serve(item: _Item) -> bool:
     return item.assignment.phase != pb.ASSIGNMENT_PHASE_PREFETCH and not item.assignment.lease_epoch
+
+
+def _leaves_though_private(item: _Item, actual: Actual) -> bool:
+    """True if the model is on another device, and the agent's words may not go there. A bare model has no words of its
+    own to protect: whoever calls it by its name chose it."""
+    return item.view in actual.away and _has_agent(item) and item.assignment.agent.privacy != pb.PRIVACY_ANY
 
 
 def _links(items: Sequence[_Item], actual: Actual) -> list[Link]:
@@ -458,7 +480,11 @@ def _ready(item: _Item, staged: pb.Condition, model: ModelStatus | None, actual:
         return _false("Ready", "Preparing", "its folder is being made")
     if model is not None and model.state == ModelState.BACKING_OFF:
         return _false("Ready", "LoadFailed", model.reason or "the model failed to load and is tried again later")
-    return _true("Ready", "Loadable", "a backend here can load it")
+    if _leaves_though_private(item, actual):
+        what = "what is said to it would leave this device, and the agent's privacy is not `any`"
+        return _false("Ready", "PrivacyForbids", f"{what}: choose another model, or widen the privacy")
+    assert item.variant is not None
+    return _true("Ready", "Loadable", f"a backend here can load it; variant {item.variant.name}: {item.why}")
 
 
 def _warm(model: ModelStatus | None) -> pb.Condition:

@@ -10,7 +10,7 @@ import asyncio
 import random
 import sqlite3
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from agentd.artifacts.attempt import Cancelled, Fetched, FetchFailed, Stop
@@ -34,10 +34,12 @@ from agentd.convergence import (
     retry_delay_s,
 )
 from agentd.device.clock import boottime_s, wall_s
+from agentd.models.inspect.upstream import leads_away
 from agentd.models.types import ModelHost, ModelKey, ModelStatus
 from agentd.telemetry.events import EventLog
 from slmfleet import logs
 from slmfleet.v1 import state_pb2 as pb
+from slmfleet.variants import Hardware
 
 log = logs.get(__name__)
 
@@ -71,6 +73,8 @@ class NodeLimits:
     context_tokens: int
     cache_bytes: int
     disk_reserve_bytes: int
+    hardware: Hardware = field(default_factory=Hardware)
+    profile: str = "balanced"
 
 
 class Converger:
@@ -172,7 +176,7 @@ class Converger:
         return min(PERIOD_S, max(current.wake_at_s - boottime_s(), 0.05))
 
     async def _load(self) -> Actual:
-        blobs, partial, views = await asyncio.to_thread(self._look)
+        blobs, partial, views, away = await asyncio.to_thread(self._look)
         marks = await self._marks.load()
         verified = {blob.sha256: blob.size_bytes for blob in blobs if marks.get(blob.sha256, (None,))[0] == blob}
         self.verified = frozenset(verified)
@@ -187,6 +191,7 @@ class Converger:
             busy_with=self._job.sha256 if self._job else "",
             views=views,
             linked=frozenset(self._linked & views),
+            away=away,
             models=models,
         )
 
@@ -202,8 +207,10 @@ class Converger:
                 message = f"{status.key}: {status.thrashing or 'it is as fast as it was'}"
                 await self._events.record(*_SPEED_EVENTS[bool(status.thrashing)], message, f"model/{status.key.model}")
 
-    def _look(self) -> tuple[list[Blob], dict[str, int], frozenset[tuple[str, str]]]:
-        return self._store.blobs(), self._store.partial_sizes(), frozenset(self._store.views())
+    def _look(self) -> tuple[list[Blob], dict[str, int], frozenset[tuple[str, str]], frozenset[tuple[str, str]]]:
+        views = frozenset(self._store.views())
+        away = frozenset(view for view in views if leads_away(self._store.view_path(*view)))
+        return self._store.blobs(), self._store.partial_sizes(), views, away
 
     async def _bounds(self) -> Limits:
         free = await asyncio.to_thread(self._store.free_bytes)
@@ -213,6 +220,8 @@ class Converger:
             views_root=self._store.root / "views",
             keep_alive_s=self._limits.keep_alive_s,
             context_tokens=self._limits.context_tokens,
+            hardware=self._limits.hardware,
+            profile=self._limits.profile,
         )
 
     async def _act(self, step: Step) -> None:

@@ -200,7 +200,8 @@ class Daemon:
         self._converger = Converger(
             desired, artifacts, Marks(database), host, self._fetch, self._board, self._events,
             NodeLimits(self._formats, config.keep_alive, config.context_tokens, config.model_cache_bytes,
-                       config.disk_reserve),
+                       config.disk_reserve, inventory.model_hardware(config.max_memory),
+                       "balanced" if config.power_profile == "auto" else config.power_profile),
             self._planned,
         )  # fmt: skip
         self._database = database

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slmfleet.v1 import state_pb2 as pb
+from slmfleet.variants import Hardware
 
 
 def take(models_folder: Path, formats: Sequence[str], limits: str) -> pb.Inventory:
@@ -27,6 +28,17 @@ def take(models_folder: Path, formats: Sequence[str], limits: str) -> pb.Invento
         formats=formats,
         accelerators=accelerators(Path("/dev")),
         limits=limits,
+    )
+
+
+def model_hardware(max_memory_bytes: int) -> Hardware:
+    """What the choice of a model's variant depends on; ``max_memory_bytes`` as configured, 0 = 80 % of the memory."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    share = int(total * 0.8)
+    return Hardware(
+        model_bytes=min(max_memory_bytes, share) if max_memory_bytes else share,
+        cores=len(os.sched_getaffinity(0)),
+        accelerators=frozenset(accelerators(Path("/dev"))),
     )
 
 

@@ -68,6 +68,16 @@ def inspect_upstream(entry: Path) -> ModelFacts:
     return ModelFacts("upstream", upstream.context_tokens, 0, 0, (), 0, 0, 0, has_chat_template=True)
 
 
+def leads_away(folder: Path) -> bool:
+    """True for a variant whose server is not on this device, or can't be told to be."""
+    if not (folder / FILE).is_file():
+        return False
+    try:
+        return not read_upstream(folder).is_here
+    except (NotAModel, OSError):
+        return True
+
+
 def read_upstream(entry: Path) -> Upstream:
     """Read and check ``upstream.json`` in the folder ``entry``. Raises NotAModel."""
     try:

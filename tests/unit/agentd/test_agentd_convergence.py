@@ -30,6 +30,7 @@ from agentd.convergence import (
 )
 from agentd.models.types import ModelKey, ModelState, ModelStatus, RuntimeOptions
 from slmfleet.v1 import state_pb2 as pb
+from slmfleet.variants import Hardware
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 SIZES = {A: 100, B: 200, C: 300}
@@ -295,7 +296,49 @@ def test_manifests_that_would_become_paths_are_checked(change) -> None:  # type:
 def test_variant_choice(wanted: str, formats: set[str], chosen: str) -> None:
     model = assignment("a1", variant("q4"), variant("int4", "onnx-genai", B)).model
     found = choose_variant(model, wanted, formats)
-    assert (found.reason if isinstance(found, NoVariant) else found.name) == chosen
+    assert (found.reason if isinstance(found, NoVariant) else found[0].name) == chosen
+
+
+def test_device_decides_where_nobody_named_a_variant() -> None:
+    small, large = variant("q4", "gguf", A), variant("q8", "gguf", B)
+    small.quantization, large.quantization = "Q4_0", "Q8_0"
+    small.files[0].size_bytes, large.files[0].size_bytes = 10**9, 2 * 10**9
+    told = document(assignment("a1", large, small))
+
+    def ran(hardware: Hardware, profile: str = "balanced") -> pb.AssignmentStatus:
+        limits = replace(LIMITS, hardware=hardware, profile=profile)
+        actual = Actual(verified={A: 10**9, B: 2 * 10**9}, linked={(DIGEST, "q4"), (DIGEST, "q8")})
+        return plan(told, 1, actual, limits, 0.0).statuses[0]
+
+    plain = ran(Hardware(6 * 10**9, 4))
+    assert plain.variant == "q4"
+    ready = next(item for item in plain.conditions if item.type == "Ready")
+    assert "variant q4: the best quality up to what a plain device runs well" in ready.message
+    assert ran(Hardware(6 * 10**9, 4, frozenset({"nvidia"}))).variant == "q8"
+    assert ran(Hardware(6 * 10**9, 4), "performance").variant == "q4"
+    tight = ran(Hardware(10**9, 4))
+    assert tight.variant == ""
+    assert [item.reason for item in tight.conditions if item.type == "Ready"] == ["NoMemory"]
+
+
+@pytest.mark.parametrize(
+    ("privacy", "away", "reason"),
+    [
+        (pb.PRIVACY_DEVICE, True, "PrivacyForbids"),
+        (pb.PRIVACY_UNSPECIFIED, True, "PrivacyForbids"),
+        (pb.PRIVACY_FLEET, True, "PrivacyForbids"),
+        (pb.PRIVACY_ANY, True, "Loadable"),
+        (pb.PRIVACY_DEVICE, False, "Loadable"),
+    ],
+)
+def test_private_words_go_to_no_server_elsewhere(privacy: pb.Privacy, away: bool, reason: str) -> None:
+    told = document(assignment("a1", variant("far", "upstream", A), agent=pb.AgentManifest(name="x", privacy=privacy)))
+    view = frozenset({(DIGEST, "far")})
+    actual = Actual(verified={A: 100}, views=view, linked=view, away=view if away else frozenset())
+    made = plan(told, 1, actual, replace(LIMITS, formats=frozenset({"upstream"})), 0.0)
+    [ready] = [item for item in made.statuses[0].conditions if item.type == "Ready"]
+    assert ready.reason == reason
+    assert bool(made.models) == bool(made.ready) == (reason == "Loadable")
 
 
 def test_changed_at_moves_only_with_status_or_reason() -> None:

@@ -27,7 +27,7 @@ from agentd.models.inspect.templates import tool_format
 from tests.support.models import make_tiny_gguf
 from tests.support.tiny_onnx import LABELS, field, make_classifier, value_info
 
-FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MOST_BYTES = 24 * 2**20
 
 
@@ -274,7 +274,7 @@ def test_any_value_in_an_upstream(tmp_path: Path, name: str, value: object):
 )  # fmt: skip
 def test_urls_that_lead_astray(tmp_path: Path, url: str):
     (tmp_path / "upstream.json").write_text(json.dumps({"url": url, "model": "m"}))
-    with pytest.raises(NotAModel, match="`url` in upstream.json must be"):
+    with pytest.raises(NotAModel, match=r"`url` in upstream\.json must be"):
         inspect_upstream(tmp_path)
 
 
