@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agentd.identity.files import Identity, load, renewal_at
+from agentd.session.backoff import reconnect_delay_s
 from slmfleet import logs
+from slmfleet.config import parse_address
 from slmfleet.errors import UserError
 
 log = logs.get(__name__)
@@ -17,16 +19,37 @@ log = logs.get(__name__)
 # The wall clock may jump, and the deadline with it: look again at least this often.
 LONGEST_SLEEP_S = 3600.0
 CHILD_TIMEOUT_S = 120.0
+REACH_S = 5.0
 
 
-def retry_delay_s(failures: int, chance: float) -> float:
-    """One minute, doubling up to an hour, with a quarter of jitter; ``chance`` is in [0, 1)."""
-    return float(min(3600, 60 * 2 ** min(failures - 1, 6))) * (0.75 + 0.5 * chance)
+def retry_delay_s(failures: int, chance: float, left_s: float, reached: bool) -> float:
+    """Seconds until the next attempt, after so many in a row that were refused (``reached``) or met nobody.
+
+    One minute, doubling up to an hour, with a quarter of jitter, but not past the certificate's end, ``left_s`` from
+    now. After that no session can tell that the control plane is back, so a node that meets nobody looks as often as a
+    session would. ``chance`` is in [0, 1).
+    """
+    if left_s <= 0 and not reached:
+        return max(1.0, reconnect_delay_s(failures, chance))
+    delay_s = float(min(3600, 60 * 2 ** min(failures - 1, 6))) * (0.75 + 0.5 * chance)
+    return min(delay_s, left_s) if left_s > 0 else delay_s
 
 
 def next_look_s(now_s: float, identity: Identity) -> float:
     """Seconds until the next look; 0 when renewal is due."""
     return min(max(renewal_at(identity.not_before_s, identity.not_after_s) - now_s, 0.0), LONGEST_SLEEP_S)
+
+
+async def reachable(address: str) -> bool:
+    """Whether something accepts connections there: much cheaper to find out than by a child that tries to renew."""
+    try:
+        host, port = parse_address(address)
+        async with asyncio.timeout(REACH_S):
+            _, writer = await asyncio.open_connection(host, port)
+    except (OSError, ValueError):
+        return False
+    writer.close()
+    return True
 
 
 async def renew_in_child(state_dir: Path) -> str:
@@ -55,6 +78,7 @@ async def renew_in_child(state_dir: Path) -> str:
 async def keep_renewed(state_dir: Path, clock: Callable[[], float], renewed: Callable[[Identity], None]) -> None:
     """Renew for ever; ``renewed`` is called with each new identity. ``clock``: seconds since 1970."""
     failures = 0
+    reached = True
     while True:
         identity = load(state_dir)
         if identity is None:
@@ -63,11 +87,16 @@ async def keep_renewed(state_dir: Path, clock: Callable[[], float], renewed: Cal
         if wait_s > 0:
             await asyncio.sleep(wait_s)
             continue
-        problem = await renew_in_child(state_dir)
+        where, had_reached = identity.endpoints.enrollment, reached
+        reached = await reachable(where)
+        problem = await renew_in_child(state_dir) if reached else f"{where} is out of reach"
         if problem:
-            failures += 1
-            log.warning("certificate not renewed", reason=problem, failures=failures, expires=identity.not_after_s)
-            await asyncio.sleep(retry_delay_s(failures, random.random()))
+            # Attempts that met nobody are another count than those that were refused.
+            failures = failures + 1 if reached == had_reached else 1
+            # The first failure in a row and then each doubling: a month offline must not fill the log.
+            if failures & (failures - 1) == 0:
+                log.warning("certificate not renewed", reason=problem, failures=failures, expires=identity.not_after_s)
+            await asyncio.sleep(retry_delay_s(failures, random.random(), identity.not_after_s - clock(), reached))
             continue
         failures = 0
         fresh = load(state_dir)

@@ -205,8 +205,12 @@ def test_the_metrics_page_is_well_formed_and_complete() -> None:
 
 def test_renewal_is_due_at_two_thirds_and_retries_are_bounded() -> None:
     assert renewal_at(0, 90) == 60
-    assert 45 <= retry_delay_s(1, 0.0) <= retry_delay_s(1, 0.99) <= 75
-    assert retry_delay_s(1000, 0.99) <= 3600 * 1.25
+    for reached in (False, True):
+        assert 45 <= retry_delay_s(1, 0.0, 1e6, reached) <= retry_delay_s(1, 0.99, 1e6, reached) <= 75
+        assert retry_delay_s(1000, 0.99, 1e6, reached) <= 3600 * 1.25
+        assert retry_delay_s(1000, 0.99, 7.0, reached) == 7.0, "there is a try at the certificate's end"
+    assert 1 <= retry_delay_s(1000, 0.99, 0.0, False) <= CAP_S, "nobody was met: a session would not find out either"
+    assert retry_delay_s(10, 0.5, -1.0, True) == 3600, "refused: as slowly as ever"
 
 
 def test_tokens_are_checked_and_never_shown() -> None:
