@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import configparser
 import queue
+import re
 import shutil
 import socket
 import ssl
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +23,16 @@ from fleetctl import manifests
 from slmfleet.config import load
 from tests.support.processes import Child, free_port
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+# What Debian's package has as /etc/mosquitto/mosquitto.conf (2.0.11): ours is read after it.
+DEBIAN_MOSQUITTO = """\
+pid_file {folder}/mosquitto.pid
+persistence true
+persistence_location {folder}/
+log_dest stderr
+include_dir {folder}/conf.d
+"""
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 
 
@@ -47,6 +58,46 @@ def test_systemd_accepts_the_unit(unit: Path, tmp_path: Path) -> None:
 
 def test_the_units_ship() -> None:
     assert [unit.name for unit in UNITS] == ["agentd.service", "controlplane.service"]
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_the_unit_points_to_no_page_that_nobody_installs(unit: Path) -> None:
+    assert "file:" not in unit.read_text()
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_the_page_installs_all_that_the_unit_needs(unit: Path) -> None:
+    """The program, its user, its folder, its configuration, and the unit itself."""
+    page, service = (ROOT / "docs/install.md").read_text(), settings(unit)
+    program, _, configuration = service["ExecStart"].partition(" ")
+    venv = program.removesuffix(f"/bin/{unit.stem}")
+    assert f"sudo python3 -m venv {venv}\n" in page
+    assert re.search(rf'sudo {venv}/bin/pip install -c constraints.txt "\$\(echo dist/slmfleet-\*\.whl\)\[', page)
+    folder = f"/var/lib/{service['StateDirectory']}"
+    assert re.search(rf"sudo useradd --system --user-group --home-dir {folder} .* {service['User']}\n", page)
+    assert (
+        f"sudo install -d -m {service['StateDirectoryMode'][1:]} -o {service['User']} -g {service['Group']} {folder}\n"
+        in page
+    )
+    file = configuration.split()[-1]
+    assert f" deploy/{unit.stem}.toml {file}\n" in page
+    assert f"sudoedit {file}\n" in page
+    assert f"sudo install -m 644 deploy/systemd/{unit.name} /etc/systemd/system/\n" in page
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/install.md"])
+def test_a_page_names_only_files_that_ship(page: str) -> None:
+    named = set(re.findall(r"\b(?:deploy/[\w./-]*\w|constraints\.txt)", (ROOT / page).read_text()))
+    assert {"deploy/agentd.toml", "constraints.txt"} <= named
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+@pytest.mark.parametrize(("example", "key"), [("agentd", "state_dir"), ("controlplane", "data_dir")])
+def test_the_example_has_the_folder_that_systemd_makes(example: str, key: str) -> None:
+    """Else `agentd status` of an operator would look elsewhere than the daemon under systemd."""
+    with (DEPLOY / f"{example}.toml").open("rb") as file:
+        stated = tomllib.load(file)[key]
+    assert stated == f"/var/lib/{settings(DEPLOY / f'systemd/{example}.service')['StateDirectory']}"
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
@@ -93,8 +144,9 @@ def broker(tmp_path: Path) -> Iterator[tuple[Pki, int]]:
     text = (DEPLOY / "mosquitto.conf").read_text()
     text = text.replace("/etc/mosquitto/slmfleet/mosquitto.acl", str(DEPLOY / "mosquitto.acl"))
     text = text.replace("/etc/mosquitto/slmfleet", str(tmp_path / "pki")).replace("8883", f"{port} 127.0.0.1")
-    text = text.replace("/var/lib/mosquitto/", f"{tmp_path}/") + "\nuser root\nlog_dest stderr\n"
-    (tmp_path / "mosquitto.conf").write_text(text)
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d/slmfleet.conf").write_text(text + "\nuser root\n")
+    (tmp_path / "mosquitto.conf").write_text(DEBIAN_MOSQUITTO.format(folder=tmp_path))
     with Child([program, "-c", tmp_path / "mosquitto.conf"]) as child:
         child.wait_for_line("mosquitto version .* running")
         yield pki, port
