@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
 import resource
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import sqlalchemy as sa
+from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from controlplane.rest.auth import Authenticator, Unauthorized
+
+# What proxies add (RFC 7239 and before it).
+_FORWARDED = frozenset({b"forwarded", b"via", b"x-forwarded-for", b"x-real-ip"})
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -64,17 +71,46 @@ def _escaped(value: str) -> str:
 
 
 class MetricsApp:
-    """``GET /metrics``. No key: numbers of the whole, no names of nodes or models."""
+    """``GET /metrics``: without a key from this machine, else with one of any role, for it names what is deployed and
+    tells how much it is used."""
 
-    def __init__(self, parts: Sequence[Callable[[], str]]) -> None:
+    def __init__(self, parts: Sequence[Callable[[], str]], authenticator: Authenticator) -> None:
         """``parts``: each gives families in the text format, of names of its own."""
         self._parts = parts
+        self._authenticator = authenticator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        good = scope["method"] in ("GET", "HEAD")
-        body = "".join(part() for part in self._parts).encode() if good else b"only GET\n"
+        status, text = await self._answer(scope)
+        body = text.encode()
         headers = [(b"content-type", CONTENT_TYPE.encode()), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 200 if good else 405, "headers": headers})
+        if status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+    async def _answer(self, scope: Scope) -> tuple[int, str]:
+        if scope["method"] not in ("GET", "HEAD"):
+            return 405, "only GET\n"
+        if not is_local(scope):
+            try:
+                authorization = Headers(scope=scope).get("authorization")
+                await self._authenticator.authenticate(authorization)
+            except Unauthorized as error:
+                return 401, f"{error}\n"
+            except (OSError, TimeoutError, sa.exc.SQLAlchemyError):
+                return 503, "keys can't be checked now: the control plane has no database\n"
+        return 200, "".join(part() for part in self._parts)
+
+
+def is_local(scope: Scope) -> bool:
+    """Whether a request comes from this machine, and not through a proxy that says for whom it asks."""
+    if any(name in _FORWARDED for name, _ in scope["headers"]):
+        return False
+    try:
+        address = ipaddress.ip_address((scope.get("client") or ("",))[0])
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback

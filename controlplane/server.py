@@ -147,7 +147,7 @@ async def assemble(ground: Ground, engine: AsyncEngine) -> Parts:
         info=ServerInfo(config.beat, config.ttl_s, where.endpoints, f"http://{where.http}/v1"),
     )
     numbers = Numbers(node_api.links, controllers, ingest)
-    app = ByPrefix(rest, {"/v1": gateway, "/metrics": MetricsApp([numbers.text, gateway.metrics_text])})
+    app = ByPrefix(rest, {"/v1": gateway, "/metrics": MetricsApp([numbers.text, gateway.metrics_text], authenticator)})
     return Parts(
         where,
         token_file,

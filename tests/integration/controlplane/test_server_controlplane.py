@@ -49,10 +49,13 @@ class ControlPlane:
     def token(self) -> str:
         return (self.folder / "admin.token").read_text().strip()
 
-    def call(self, path: str, body: Any = None, token: str | None = None) -> tuple[int, Any]:
-        """Status and answer; JSON where it is JSON."""
+    def call(self, path: str, body: Any = None, token: str | None = None, **more: str) -> tuple[int, Any]:
+        """Status and answer; JSON where it is JSON. ``more``: request headers, - as _."""
         data = None if body is None else json.dumps(body).encode()
-        headers = {"content-type": "application/json"}
+        headers = {
+            "content-type": "application/json",
+            **{name.replace("_", "-"): value for name, value in more.items()},
+        }
         if token:
             headers["authorization"] = f"Bearer {token}"
         request = urllib.request.Request(f"http://{self.facts['http']}{path}", data, headers)
@@ -114,6 +117,10 @@ def test_dev_from_the_first_start_to_the_second(folder: Path) -> None:
         status, made = first.call("/api/v1/enrollment-tokens", {"ttlSeconds": 60, "uses": 1}, first.token)
         assert (status, made["token"].split(".")[0]) == (201, "slmfleet1")
         assert "slmfleet_ingest_connected 1" in first.call("/metrics")[1]
+        # Through a proxy on this machine anybody may come.
+        status, why = first.call("/metrics", x_forwarded_for="192.0.2.7")
+        assert (status, "needs an API key" in why) == (401, True)
+        assert first.call("/metrics", token=first.token, x_forwarded_for="192.0.2.7")[0] == 200
         family = first.family()
         for name in ("http", "enrollment", "node_api", "artifacts", "mqtt"):
             host, port = first.facts[name].rsplit(":", 1)
