@@ -17,7 +17,6 @@ from agentd.api.errors import ApiError
 from agentd.api.guard import is_json
 from agentd.api.serving import Serving
 from agentd.device.clock import boottime_s
-from agentd.models.types import ModelKey
 from slmfleet import logs
 
 log = logs.get(__name__)
@@ -47,9 +46,8 @@ class Api:
         max_requests: int,
         host_allowed: Callable[[str], bool],
         created_s: int,
-        knows_tools: Callable[[ModelKey], bool | None] = lambda _: None,
     ) -> None:
-        self._endpoints = Endpoints(serving, knows_tools)
+        self._endpoints = Endpoints(serving)
         self._catalog = catalog
         self._ready = ready
         self._status = status

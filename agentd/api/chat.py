@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -13,22 +13,21 @@ from agentd.agents.router import compose
 from agentd.api.errors import ApiError
 from agentd.api.serving import Account, Bursts, Serving, Turn, collect, next_burst
 from agentd.api.sse import DONE, JSON_HEADERS, SSE_HEADERS, SendBody, SendStart, compact, data
-from agentd.api.tools import ToolCallReader, settle
+from agentd.api.tools import ToolCallReader
 from agentd.api.validation import ChatRequest
-from agentd.models.types import Chunk, Done, GenerateRequest, GenerationFailed, ModelKey, Refused
+from agentd.models.types import Chunk, Done, GenerateRequest, GenerationFailed, Refused
 
 
 class Chat:
-    """Answers chat requests. ``knows_tools``: whether a model's chat template lists tools; None: nobody knows."""
+    """Answers chat requests."""
 
-    def __init__(self, serving: Serving, knows_tools: Callable[[ModelKey], bool | None] = lambda _: None) -> None:
+    def __init__(self, serving: Serving) -> None:
         self._serving = serving
-        self._knows_tools = knows_tools
 
     async def answer(self, request: ChatRequest, relayed: bool, start: SendStart, body: SendBody) -> None:
         """Answer one checked request. Raises ApiError; when the answer has begun by then, it says so itself."""
         target, key = self._serving.target(request.model, relayed)
-        settled, reader = settle(request.body, native=self._knows_tools(key) is not False)
+        settled, reader = await self._serving.settled(key, request.body)
         generation = compose(target, settled, keep_alive_s=request.keep_alive_s)
         async with self._serving.turn(target, generation) as turn:
             answer = _ChatAnswer(request, generation, turn, reader)

@@ -10,7 +10,6 @@ from agentd.api.errors import ApiError
 from agentd.api.serving import Serving
 from agentd.api.sse import SendBody, SendStart
 from agentd.api.validation import parse_chat
-from agentd.models.types import ModelKey
 
 Serve = Callable[[bytes, bool, SendStart, SendBody], Awaitable[None]]
 
@@ -22,10 +21,9 @@ CONTROLS = {"/api/models/load": "POST", "/api/models/unload": "POST", "/api/mode
 class Endpoints:
     """Serves the paths of GENERATORS and CONTROLS."""
 
-    def __init__(self, serving: Serving, knows_tools: Callable[[ModelKey], bool | None]) -> None:
+    def __init__(self, serving: Serving) -> None:
         self._serving = serving
-        self._knows_tools = knows_tools
-        self._chat = Chat(serving, knows_tools)
+        self._chat = Chat(serving)
         self._serve: dict[str, Serve] = {"/v1/chat/completions": self._serve_chat}
 
     async def generate(self, path: str, raw: bytes, relayed: bool, start: SendStart, body: SendBody) -> None:
@@ -56,7 +54,7 @@ class Endpoints:
                 from agentd.api.responses import Responses
                 from agentd.api.responses_request import parse
 
-                served = Responses(self._serving, self._knows_tools)
+                served = Responses(self._serving)
 
         async def serve(raw: bytes, relayed: bool, start: SendStart, body: SendBody) -> None:
             request = parse(raw)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -25,23 +25,21 @@ from agentd.api.chat import read_calls
 from agentd.api.responses_request import ResponseRequest
 from agentd.api.serving import Account, Bursts, Serving, collect, next_burst
 from agentd.api.sse import JSON_HEADERS, SSE_HEADERS, SendBody, SendStart, compact, named
-from agentd.api.tools import settle
-from agentd.models.types import Chunk, Done, GenerationFailed, ModelKey, Refused
+from agentd.models.types import Chunk, Done, GenerationFailed, Refused
 
 Event = dict[str, Any]
 
 
 class Responses:
-    """Answers requests to /v1/responses. ``knows_tools`` as in ``chat.Chat``."""
+    """Answers requests to /v1/responses."""
 
-    def __init__(self, serving: Serving, knows_tools: Callable[[ModelKey], bool | None] = lambda _: None) -> None:
+    def __init__(self, serving: Serving) -> None:
         self._serving = serving
-        self._knows_tools = knows_tools
 
     async def answer(self, request: ResponseRequest, relayed: bool, start: SendStart, body: SendBody) -> None:
         """Answer one checked request. Raises ApiError; when the answer has begun by then, it says so itself."""
         target, key = self._serving.target(request.model, relayed)
-        settled, reader = settle(request.body, native=self._knows_tools(key) is not False)
+        settled, reader = await self._serving.settled(key, request.body)
         generation = compose(target, settled, keep_alive_s=request.keep_alive_s)
         async with self._serving.turn(target, generation) as turn:
             builder = ResponseBuilder(request, Account(key, turn.waited_s), int(time.time()))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from agentd.agents.admission import Admission
 from agentd.agents.router import Catalog, Target, Unknown, resolve
 from agentd.api.errors import ApiError, bad_request
+from agentd.api.tools import ToolCallReader, settle
 from agentd.device.clock import boottime_s
 from agentd.models.types import (
     Chunk,
@@ -83,6 +85,11 @@ class Serving:
                 f"{name!r} is an agent, which answers chats: name a model for {endpoint}", "model", "unsupported_value"
             )
         return found, key
+
+    async def settled(self, key: ModelKey, body: Mapping[str, Any]) -> tuple[dict[str, Any], ToolCallReader | None]:
+        """The body for the backend with its tools as this model can take them (see tools.py)."""
+        open_choice = bool(body.get("tools")) and body.get("tool_choice") in (None, "auto")
+        return settle(body, native=not open_choice or await self.host.knows_tools(key) is not False)
 
     @asynccontextmanager
     async def turn(self, target: Target, generation: GenerateRequest) -> AsyncIterator[Turn]:

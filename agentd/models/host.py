@@ -12,6 +12,7 @@ from agentd.models import events as on
 from agentd.models import refusals
 from agentd.models.backends import available_formats
 from agentd.models.counters import ModelCounters
+from agentd.models.inspect import NotAModel
 from agentd.models.launcher import Launcher, ProcessLauncher
 from agentd.models.measured import Measurement
 from agentd.models.owner import Owner
@@ -147,6 +148,19 @@ class Host:
     def available_formats(self) -> frozenset[str]:
         """Formats that a backend here can load."""
         return available_formats(self._settings.backends)
+
+    async def knows_tools(self, key: ModelKey) -> bool | None:
+        """See ModelHost.knows_tools."""
+        model = self._models.get(key)
+        if model is None or self._processes is None:
+            return None
+        try:
+            facts = await self._processes.facts(model)
+        except (NotAModel, OSError):
+            return None  # the load will say it
+        if facts is None or not facts.has_chat_template or model.format == "upstream":
+            return None
+        return bool(facts.tool_format)
 
     async def load(self, key: ModelKey, timeout_s: float = 600.0) -> None:
         """Load now; returns when the model is ready. Raises Refused."""

@@ -129,6 +129,10 @@ class ProcessLauncher:
         self._prepared[model.key] = prepared
         return prepared
 
+    async def facts(self, model: LoadableModel) -> ModelFacts | None:
+        """What the model's files say; None for a backend that agentd does not know. Raises NotAModel, OSError."""
+        return await self._read(model, self._backend(model.format))
+
     async def _read(self, model: LoadableModel, backend: str) -> ModelFacts | None:
         form = FORMATS.get(model.format)
         if form is None or backend != form.backend:

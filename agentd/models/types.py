@@ -194,6 +194,10 @@ class ModelHost(Protocol):
         """Vectors for the inputs; ``request.body`` is not used. Raises as ``generate`` does."""
         ...
 
+    async def knows_tools(self, key: ModelKey) -> bool | None:
+        """Whether the model's chat template lists tools; None where its files do not say, as for a server elsewhere."""
+        ...
+
     async def load(self, key: ModelKey) -> None:
         """Load now; returns when the model is ready. Raises Refused."""
         ...

@@ -53,6 +53,8 @@ class FakeHost:
         self._subscribers: list[Callable[[ModelStatus], None]] = []
         self._counters: dict[ModelKey, ModelCounters] = {}
         self.running = 0
+        # What ``knows_tools`` answers.
+        self.tools: bool | None = None
         # Seconds before each word but the first.
         self.word_s = float(os.environ.get("FAKE_HOST_WORD_S", "0"))
 
@@ -98,6 +100,9 @@ class FakeHost:
         if self.errors:
             raise self.errors.pop(0)
         return Vectors([[float(len(text)), 0.5] for text in inputs], sum(len(text.split()) for text in inputs))
+
+    async def knows_tools(self, key: ModelKey) -> bool | None:
+        return self.tools
 
     async def load(self, key: ModelKey) -> None:
         if self.errors:

@@ -162,6 +162,40 @@ def test_a_small_model_calls_a_tool_and_reads_its_result(smol: LoadableModel) ->
     with_api([smol], test)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools_that_may_be_called_reach_a_model_whose_template_knows_none(smol: LoadableModel, stream: bool) -> None:
+    """Without care llama.cpp leaves the tools out of the prompt in silence."""
+
+    async def test(rig: ApiRig) -> None:
+        options: Any = {"model": "smol", "messages": HI, "temperature": 0, "max_tokens": 60}
+        plain = await rig.openai.chat.completions.create(**options)
+        assert plain.usage is not None
+        if stream:
+            content = calls = ""
+            told = 0
+            async for chunk in await rig.openai.chat.completions.create(
+                **options, tools=[WEATHER], stream=True, stream_options={"include_usage": True}
+            ):
+                for choice in chunk.choices:
+                    content += choice.delta.content or ""
+                    calls += "".join(c.function.name or "" for c in choice.delta.tool_calls or () if c.function)
+                told = chunk.usage.prompt_tokens if chunk.usage else told
+        else:
+            answer = await rig.openai.chat.completions.create(**options, tools=[WEATHER])
+            assert answer.usage is not None
+            told = answer.usage.prompt_tokens
+            message = answer.choices[0].message
+            content = message.content or ""
+            calls = "".join(c.function.name for c in message.tool_calls or () if c.type == "function")
+        assert told > plain.usage.prompt_tokens + 30
+        # One of both, and none of the JSON that bound it.
+        assert bool(content) != bool(calls)
+        assert calls in ("", "get_weather")
+        assert not content.startswith("{")
+
+    with_api([smol], test)
+
+
 def test_json_schema_binds_and_one_that_can_not_is_refused(smol: LoadableModel) -> None:
     async def test(rig: ApiRig) -> None:
         def form(schema: Any) -> Any:

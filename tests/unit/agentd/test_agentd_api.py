@@ -308,8 +308,13 @@ def test_the_relay_reaches_only_what_is_exposed() -> None:
     async def test(rig: Rig) -> None:
         assert (await rig.chat(relayed=True))[0] == 200
         assert (await rig.chat(relayed=True, model="m"))[0] == 404
-        for path in ("/metrics", "/status", "/healthz", "/readyz"):
+        for path in ("/metrics", "/status", "/healthz", "/readyz", "/api/models/status"):
             assert (await rig.call("GET", path, relayed=True))[0] == 404
+        for path in ("/api/models/load", "/api/models/unload"):
+            assert (await rig.call("POST", path, b'{"model": "shop"}', relayed=True))[0] == 404
+        # How long a model takes this device's memory is not for callers far away.
+        status, _, answer = await rig.chat(relayed=True, keep_alive=-1)
+        assert (status, answer["error"]["param"]) == (400, "keep_alive")
         listed = json.loads((await rig.call("GET", "/v1/models", relayed=True))[2])
         assert [model["id"] for model in listed["data"]] == ["agent/greeter", "shop"]
 
