@@ -14,6 +14,8 @@ from slmfleet.units import format_size
 
 # Bytes of one element of the key-value cache, block overhead included.
 KV_ELEMENT_BYTES = {"": 2.0, "f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32, "q4_1": 20 / 32}
+# Of a model whose runtime has no choice: int4 models for processors keep keys and values as float32.
+_KV_DEFAULT = {"onnx-genai": "f32"}
 # An interpreter with its runtime loaded and no model: private memory of a worker with a model of 200 kB.
 RUNTIME_BYTES = {"gguf": 34 * 10**6, "onnx-genai": 62 * 10**6, "onnx": 58 * 10**6, "upstream": 24 * 10**6}
 _RUNTIME_BYTES_DEFAULT = 32 * 10**6
@@ -60,7 +62,7 @@ def estimate(
     weights = int(weight_bytes * _WEIGHT_FACTOR.get(model_format, 1.0))
     if facts is None:
         return Estimate(weights=weights, kv_cache=0, compute=0, runtime=runtime)
-    element = KV_ELEMENT_BYTES.get(kv_type, 2.0)
+    element = KV_ELEMENT_BYTES.get(kv_type or _KV_DEFAULT.get(model_format, ""), 2.0)
     per_token = sum(facts.kv_heads) * (facts.key_size + facts.value_size) * element
     # Logits of a chunk and a handful of activations as float32.
     compute = prefill_chunk * 4 * (facts.vocabulary + 16 * facts.embedding)

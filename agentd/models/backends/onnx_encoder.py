@@ -7,7 +7,6 @@ OpenAI client can use it as it uses a text model.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import sys
@@ -31,6 +30,7 @@ from agentd.models.backends.base import (
     refuse_several,
 )
 from agentd.models.backends.providers import choose_providers
+from agentd.models.backends.release import give_back
 from agentd.models.inspect.facts import CLASSIFY, EMBED
 from agentd.models.inspect.onnx import MODEL, TOKENIZER, read_encoder
 from agentd.models.wire import MAX_FRAME_BYTES
@@ -55,7 +55,7 @@ class OnnxEncoder:
         self._session = _session(spec)
         self._tokenizer = _tokenizer(spec.entry / TOKENIZER)
         # Unpacking the weights leaves a third of the resident memory free but held.
-        _trim()
+        give_back()
         return Loaded(slots=1, context_tokens=self._context)
 
     def embed(self, inputs: Sequence[str], sink: Sink) -> tuple[list[list[float]], int]:
@@ -73,7 +73,7 @@ class OnnxEncoder:
             if sink.progress(sum(map(len, chosen))):
                 break
         if max(map(len, encodings), default=0) > _TRIM_TOKENS or len(inputs) > 1:
-            _trim()
+            give_back()
         return vectors, sum(map(len, encodings))
 
     def generate(self, body: Mapping[str, Any], sink: Sink) -> Finish:
@@ -213,10 +213,3 @@ def _logprobs(labels: Sequence[str], scores: Any, order: Sequence[int], body: Ma
 
     top = [entry(index) for index in order[: int(body.get("top_logprobs") or 0)]]
     return {"content": [{**entry(order[0]), "top_logprobs": top}]}
-
-
-def _trim() -> None:
-    """Give free memory back to the system, where the C library can."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)

@@ -27,6 +27,7 @@ from agentd.models.backends.base import (
     context_exceeded,
     refuse_several,
 )
+from agentd.models.backends.release import give_back
 from agentd.models.backends.schema import constraint
 from agentd.models.backends.stops import StopScanner
 
@@ -35,6 +36,8 @@ _DEFAULT_MAX_TOKENS = 512
 _LEAST_ROOM_TOKENS = 512
 # A shorter common beginning is not worth a rewind.
 _LEAST_PREFIX_TOKENS = 16
+# Reading more than this leaves free memory behind that is worth giving back.
+_RELEASE_TOKENS = 256
 # What llguidance accepts without enforcing it.
 _UNENFORCED = frozenset(
     {
@@ -92,6 +95,8 @@ class OnnxGenai:
                 self._kept = kept
                 return Finish("cancelled", len(tokens), 0, cached, prefill_s=time.monotonic() - started)
         prefilled = time.monotonic()
+        if len(tokens) - cached > _RELEASE_TOKENS:
+            give_back()
         reason, count = self._decode(kept.generator, body, limit, sink)
         self._kept = kept
         self._reused_tokens += cached

@@ -15,9 +15,10 @@ MB = 10**6
 
 @pytest.mark.parametrize(
     ("model_format", "weights", "context", "measured_mb"),
-    [("gguf", 98_362_432, 2048, 204), ("onnx-genai", 90_000_000, 2048, 219)],
+    [("gguf", 98_362_432, 2048, 204), ("onnx-genai", 90_000_000, 2048, 318)],
 )
 def test_is_near_what_was_measured(model_format, weights, context, measured_mb):
+    """Measured with most of the context in use."""
     guess = estimate(model_format, weights, SMOLLM2, context_tokens=context)
     assert measured_mb * 0.95 < guess.total / MB < measured_mb * 1.25
 

@@ -67,3 +67,7 @@ def test_a_genai_folder_has_its_configuration() -> None:
     assert refuse_variant("onnx-genai", ["model.onnx", "genai_config.json"]) == ""
     assert "genai_config.json" in refuse_variant("onnx-genai", ["model.onnx"])
     assert refuse_variant("gguf", ["model.gguf"]) == ""
+    assert refuse_variant("onnx", ["model.onnx", "tokenizer.json", "1_Pooling/config.json"]) == ""
+    assert "an onnx variant needs a file named tokenizer.json" in refuse_variant("onnx", ["model.onnx"])
+    assert refuse_variant("upstream", ["upstream.json"]) == ""
+    assert "upstream.json" in refuse_variant("upstream", ["server.json"])
