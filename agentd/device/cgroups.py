@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,12 +86,15 @@ class Cgroups:
             raise
         return group
 
-    def sweep(self, prefix: str) -> None:
-        """Remove the empty groups whose name begins so: what an earlier agentd left."""
+    def sweep(self, prefix: str, is_alive: Callable[[int], bool]) -> None:
+        """Remove the empty groups ``<prefix><pid>-<serial>`` of agentds that are gone. Those of one that lives may be
+        about to be entered: several nodes on one machine share the parent."""
         for parent in dict.fromkeys(self._parents.values()):
             for folder in parent.glob(f"{prefix}*"):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+                pid = folder.name.removeprefix(prefix).partition("-")[0]
+                if not (pid.isdigit() and is_alive(int(pid))):
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
 
 
 def _settings(version: int, limits: Limits) -> list[tuple[str, str, str]]:

@@ -17,7 +17,7 @@ from agentd.models.backends import FORMATS
 from agentd.models.inspect import ModelFacts, NotAModel
 from agentd.models.measured import Measurement
 from agentd.models.memory import Estimate, context_for, estimate
-from agentd.models.process import Exit, Launch, Worker, WorkerProcess, reap_leftovers, resident_bytes
+from agentd.models.process import Exit, Launch, Worker, WorkerProcess, reap_leftovers, resident_bytes, start_time
 from agentd.models.settings import HostSettings, Tuning, tightest
 from agentd.models.types import LoadableModel, ModelKey
 from agentd.models.worker.environment import worker_environment
@@ -102,7 +102,7 @@ class ProcessLauncher:
         if ended := reap_leftovers(self._run_dir):
             log.warning("ended workers that an earlier agentd left", pids=ended)
         if self._cgroups is not None:
-            self._cgroups.sweep("worker-")
+            self._cgroups.sweep("worker-", lambda pid: pid != os.getpid() and bool(start_time(pid)))
 
     def close(self) -> None:
         """Remove a temporary run folder."""

@@ -152,7 +152,8 @@ def test_a_warm_model_has_read_its_instructions_before_anybody_asks(tiny: Loadab
 
 
 def test_a_models_own_runtime_settings_count(tiny: LoadableModel):
-    two = replace(tiny, runtime=RuntimeOptions(threads=1, slots=2, batch_tokens=32, kv_type="f32", gpu_layers=0, numa="distribute"))
+    own = RuntimeOptions(threads=1, slots=2, batch_tokens=32, kv_type="f32", gpu_layers=0, numa="distribute")
+    two = replace(tiny, runtime=own)
 
     async def scenario():
         async with running(Host(HostSettings()), [two]) as host:

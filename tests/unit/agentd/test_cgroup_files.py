@@ -135,3 +135,15 @@ def test_pressure_of_a_group_counts_before_that_of_the_system(tmp_path: Path):
     assert stalled_fraction(tmp_path, group) == 0.5
     write(group / "memory.pressure", "some avg10=2.00 avg60=0 avg300=0 total=0\n")
     assert stalled_fraction(tmp_path, group) == 0.02
+
+
+def test_sweep_leaves_the_groups_of_an_agentd_that_lives(v1: Path):
+    """Another node on this machine may have made one a moment ago, and its worker is about to enter it."""
+    cgroups = open_cgroups(v1)
+    assert cgroups is not None
+    parents = [v1 / "sys/fs/cgroup" / controller / "slmfleet" for controller in ("memory", "cpu", "pids")]
+    for parent in parents:
+        for name in ("worker-1-1", "worker-2-1", "worker-old", "other"):
+            (parent / name).mkdir()
+    cgroups.sweep("worker-", lambda pid: pid == 2)
+    assert [sorted(f.name for f in parent.iterdir()) for parent in parents] == [["other", "worker-2-1"]] * 3
