@@ -8,7 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean setup
+.PHONY: demo test longhaul lint bench clean setup
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The reliability tests in full: minutes of outage compressed 60 times, or as they are with REAL=1 (many hours).
+longhaul: $(STAMP)
+	@SLMFLEET_LONGHAUL=$(if $(REAL),real,short) GRPC_VERBOSITY=NONE $(BIN)/python -m pytest -s tests/reliability $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

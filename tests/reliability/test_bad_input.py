@@ -14,10 +14,11 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from slmfleet.v1 import telemetry_pb2 as pb
 from tests.reliability.counting import stored
+from tests.reliability.forms import long_only
 from tests.reliability.site import MODEL, Site, site
 from tests.support.processes import wait_until
 
-pytestmark = [pytest.mark.postgres, pytest.mark.mqtt, pytest.mark.system]
+pytestmark = [pytest.mark.postgres, pytest.mark.mqtt, pytest.mark.system, long_only]
 
 STRANGER = "00000000-0000-4000-8000-000000000000"
 EACH = 20

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.postgres, pytest.mark.mqtt, pytest.mark.system]
 
 # Nothing is taken up before it is used; less would be no disk to place a model on.
 ROOMY = 8 << 30
-FULL_S = 3.0
+FULL_S = 2.0
 
 
 class SmallDisk:

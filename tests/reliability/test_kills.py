@@ -14,13 +14,12 @@ from collections import Counter
 
 import pytest
 
-from tests.reliability.counting import stored
+from tests.reliability.forms import LONG
 from tests.reliability.site import MODEL, Site, quietly, site
 from tests.support.processes import wait_until
 
 pytestmark = [pytest.mark.postgres, pytest.mark.mqtt, pytest.mark.system]
 
-LONG = bool(os.environ.get("SLMFLEET_LONGHAUL"))
 RUNS = int(os.environ.get("SLMFLEET_KILLS", "200" if LONG else "4"))
 SEED = int(os.environ.get("SLMFLEET_SEED", "1"))
 BATCH = 10 if LONG else 4
@@ -53,11 +52,11 @@ def test_whatever_is_killed_nothing_is_lost_and_all_converges() -> None:
                 story = f"seed {SEED}; " + "; ".join(told)
                 took.append(_settle(fleet, story))
                 told.clear()
-        numbered = node.numbered.look()
-        found = stored(fleet.postgres_url, node.id, node.name, numbered)
+        found = fleet.await_rows(node)
+        numbered = node.numbered.last
     print(
         f"kills: {RUNS} with seed {SEED} ({dict(kills)}), {sum(numbered.values())} rows in {len(numbered)} numberings, "
-        f"{found.rows} stored, 0 lost, 0 twice; settled in {statistics.median(took):.1f} s (median), {max(took):.1f} s "
+        f"{found.rows} stored, {found.dropped} dropped, {len(found.twice)} twice; settled in {statistics.median(took):.1f} s (median), {max(took):.1f} s "
         "(longest)"
     )
 

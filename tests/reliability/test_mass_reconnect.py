@@ -10,11 +10,11 @@ import httpx2
 import pytest
 
 from tests.reliability.crowd import Line, all_connected, crowd
+from tests.reliability.forms import LONG, long_only
 from tests.reliability.site import Site, site
 
-pytestmark = [pytest.mark.postgres, pytest.mark.mqtt, pytest.mark.system]
+pytestmark = [pytest.mark.postgres, pytest.mark.mqtt, pytest.mark.system, long_only]
 
-LONG = bool(os.environ.get("SLMFLEET_LONGHAUL"))
 NODES = int(os.environ.get("SLMFLEET_CROWD", "2000" if LONG else "100"))
 CUT_S = 60.0 if LONG else 2.0
 BACK_S = 90.0

@@ -6,12 +6,12 @@ Minutes are compressed: see ``docs/reliability.md`` for the forms and how to run
 
 from __future__ import annotations
 
-import os
 import threading
 
 import pytest
 
 from tests.reliability.counting import stored
+from tests.reliability.forms import FORM, LONG
 from tests.reliability.site import MODEL, Site, site
 from tests.support import netns
 from tests.support.processes import wait_until
@@ -20,9 +20,8 @@ pytestmark = [pytest.mark.postgres, pytest.mark.mqtt, pytest.mark.system]
 
 # (minutes off, minutes on, runs)
 MATRIX = ((5, 5, 5), (10, 10, 3), (15, 15, 3), (30, 30, 2), (5, 20, 3))
-LONG = os.environ.get("SLMFLEET_LONGHAUL", "")
-SPEED = {"": 300, "short": 60, "real": 1}[LONG]
-ROWS = MATRIX if LONG else ((5, 5, 1), (15, 15, 1), (5, 20, 1))
+SPEED = {"": 300, "short": 60, "real": 1}[FORM]
+ROWS = MATRIX if LONG else ((10, 5, 1),)
 
 
 @pytest.mark.skipif(bool(netns.why_not()), reason=netns.why_not())
