@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 
-from agentd import convergence
+from agentd.convergence import conditions
 from slmfleet.v1 import state_pb2 as pb
 
 
@@ -18,7 +18,7 @@ class StatusBoard:
 
     def put_up(self, current: Iterable[pb.AssignmentStatus], now_ms: int) -> list[pb.AssignmentStatus]:
         """Replace all statuses; those that differ from before, for the log."""
-        stamped = convergence.stamp(self.statuses, current, now_ms)
+        stamped = conditions.stamp(self.statuses, current, now_ms)
         news = [status for key, status in stamped.items() if self.statuses.get(key) != status]
         if news or stamped.keys() != self.statuses.keys():
             self.statuses = stamped

@@ -18,7 +18,7 @@ from agentd.artifacts.marks import Marks
 from agentd.artifacts.quota import Room
 from agentd.artifacts.store import ArtifactStore, Blob
 from agentd.board import StatusBoard
-from agentd.convergence import (
+from agentd.convergence.facts import (
     Actual,
     Failure,
     Fetch,
@@ -30,9 +30,8 @@ from agentd.convergence import (
     RemoveView,
     Step,
     Verify,
-    plan,
-    retry_delay_s,
 )
+from agentd.convergence.plan import plan, retry_delay_s
 from agentd.device.clock import boottime_s, wall_s
 from agentd.models.inspect.upstream import leads_away
 from agentd.models.types import ModelHost, ModelKey, ModelStatus

@@ -32,7 +32,7 @@ from agentd.artifacts.marks import Marks
 from agentd.artifacts.store import ArtifactStore
 from agentd.board import StatusBoard
 from agentd.config import Config
-from agentd.convergence import Plan
+from agentd.convergence.facts import Plan
 from agentd.converger import Converger, NodeLimits
 from agentd.desired import FEATURES, DesiredOwner
 from agentd.device import inventory

@@ -10,24 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentd.artifacts.quota import Room, prune, refusal
-from agentd.convergence import (
+from agentd.convergence.conditions import stamp
+from agentd.convergence.facts import (
     Actual,
     Failure,
     Fetch,
     Limits,
     Link,
-    NoVariant,
     Plan,
     RemoveBlob,
     RemovePartial,
     RemoveView,
     Verify,
-    choose_variant,
-    manifest_problem,
-    plan,
-    retry_delay_s,
-    stamp,
 )
+from agentd.convergence.items import NoVariant, choose_variant, manifest_problem
+from agentd.convergence.plan import plan, retry_delay_s
 from agentd.models.types import ModelKey, ModelState, ModelStatus, RuntimeOptions
 from slmfleet.v1 import state_pb2 as pb
 from slmfleet.variants import Hardware
