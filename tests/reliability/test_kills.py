@@ -56,8 +56,8 @@ def test_whatever_is_killed_nothing_is_lost_and_all_converges() -> None:
         numbered = node.numbered.last
     print(
         f"kills: {RUNS} with seed {SEED} ({dict(kills)}), {sum(numbered.values())} rows in {len(numbered)} numberings, "
-        f"{found.rows} stored, {found.dropped} dropped, {len(found.twice)} twice; settled in {statistics.median(took):.1f} s (median), {max(took):.1f} s "
-        "(longest)"
+        f"{found.rows} stored, {found.dropped} dropped, {len(found.twice)} twice; "
+        f"settled in {statistics.median(took):.1f} s (median), {max(took):.1f} s (longest)"
     )
 
 

@@ -12,10 +12,11 @@ import pytest
 from agentd.identity.files import load
 from tests.integration.agentd.test_agentd_daemon import document
 from tests.reliability.asking import Asker
+from tests.reliability.forms import long_only
 from tests.support.fake_controlplane import FakeControlPlane, desired_state
 from tests.support.processes import Child, free_port
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, long_only]
 
 LIFE_S = 6.0
 # Back-off of at most 30 s, and the renewal itself.
