@@ -11,7 +11,6 @@ from collections import deque
 from agentd.models.wire import FrameSplitter, encode
 from slmfleet.v1 import worker_pb2
 
-
 # Messages that wait for the socket; more of them are joined where they are text of one answer.
 _MOST_KEPT = 1024
 
