@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -23,7 +24,9 @@ log = logs.get(__name__)
 
 
 def make_engine(url: str, pool_size: int = 10) -> AsyncEngine:
-    """An engine for ``postgresql://...`` or ``postgresql+asyncpg://...``; connects on first use.
+    """An engine for ``postgresql://...`` or ``postgresql+asyncpg://...``; connects on first use. What stands behind the
+    ``?`` means what it means to libpq (``sslmode=verify-full&sslrootcert=...``, ``application_name``, ...); the driver
+    takes what it does not know for a setting of the server.
 
     A database that is away, goes away or restarts is always one of OSError, ``sa.exc.OperationalError``,
     ``sa.exc.InterfaceError`` and ``sa.exc.TimeoutError``; the driver alone would raise several more, some of them the
@@ -31,7 +34,7 @@ def make_engine(url: str, pool_size: int = 10) -> AsyncEngine:
     """
     parsed = sa.make_url(url).set(drivername="postgresql+asyncpg")
     engine = create_async_engine(parsed, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True)
-    sa.event.listen(engine.sync_engine, "do_connect", _connect)
+    sa.event.listen(engine.sync_engine, "do_connect", partial(_connect, parsed.set(drivername="postgresql")))
     sa.event.listen(engine.sync_engine, "handle_error", _name_lost_connection, retval=True)
     return engine
 
@@ -45,10 +48,16 @@ _AWAY = (
 )
 
 
-def _connect(dialect: sa.Dialect, _record: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """What Postgres says instead of letting us in (it starts, it stops, it is full) has no class of its own."""
+def _connect(
+    url: sa.URL, dialect: sa.Dialect, _record: Any, _arguments: tuple[Any, ...], _options: dict[str, Any]
+) -> Any:
+    """What Postgres says instead of letting us in (it starts, it stops, it is full) has no class of its own.
+
+    The driver reads the URL by itself: SQLAlchemy would hand it each parameter as an argument, and it has none called
+    ``sslmode``."""
+    dsn = url.render_as_string(hide_password=False)
     try:
-        return dialect.connect(*arguments, **options)
+        return dialect.connect(async_creator_fn=partial(asyncpg.connect, dsn))
     except (dialect.loaded_dbapi.Error, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise sa.exc.OperationalError(None, None, error, connection_invalidated=True) from error
 

@@ -133,7 +133,7 @@ async def _connected(url: str, action: Callable[[AsyncConnection], Awaitable[Val
     except (OSError, TimeoutError, sa.exc.SQLAlchemyError, asyncpg.PostgresError) as error:
         await engine.dispose()
         place = sa.make_url(url).render_as_string(hide_password=True)
-        reason = str(error) or "no answer"
+        reason = str(error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig else error) or "no answer"
         raise UserError(f"cannot reach the database at {place}: {reason.splitlines()[0]}") from error
     try:
         async with connection.begin():

@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import asyncpg
+import pytest
 import sqlalchemy as sa
 
-from tests.support.processes import Child
+from tests.support.processes import Child, free_port
 
 # A crash of the machine may lose the tests' data: that buys the speed.
 FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200")
@@ -68,7 +70,8 @@ def _local_programs() -> Path | None:
 
 
 @contextlib.contextmanager
-def _run_local(programs: Path) -> Iterator[str]:
+def _run_local(programs: Path, password: str = "", port: int = 0) -> Iterator[str]:
+    """On a socket in a folder of its own: no port to fight for. With a password on loopback, for who has it."""
     # PostgreSQL refuses to run as root.
     owner = _unprivileged() if os.geteuid() == 0 else None
     user, group = (owner.pw_uid, owner.pw_gid) if owner else (None, None)
@@ -77,8 +80,26 @@ def _run_local(programs: Path) -> Iterator[str]:
         data = folder / "data"
         if owner:
             os.chown(folder, owner.pw_uid, owner.pw_gid)
+        words = folder / "password"
+        words.write_text(password or "unused")
+        words.chmod(0o644)
+        how = "scram-sha-256" if password else "trust"
         made = subprocess.run(
-            [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"],
+            [
+                programs / "initdb",
+                "-D",
+                data,
+                "-U",
+                "postgres",
+                "-A",
+                how,
+                "--pwfile",
+                words,
+                "-E",
+                "UTF8",
+                "--locale=C",
+                "--no-sync",
+            ],
             capture_output=True,
             text=True,
             user=user,
@@ -88,14 +109,29 @@ def _run_local(programs: Path) -> Iterator[str]:
         )
         assert made.returncode == 0, made.stderr
         options = [part for setting in FAST for part in ("-c", setting)]
-        # A socket in a folder of our own: no port to fight for.
-        argv: list[str | Path] = [programs / "postgres", "-D", data, "-k", folder, "-h", "", *options]
+        where = ["-h", "127.0.0.1", "-p", str(port)] if password else ["-h", ""]
+        argv: list[str | Path] = [programs / "postgres", "-D", data, "-k", folder, *where, *options]
         with Child(argv, cwd=folder, user=user, group=group, death_signal=signal.SIGQUIT) as server:
             server.wait_for_line("ready to accept connections")
-            yield f"postgresql://postgres@/postgres?host={folder}"
+            if password:
+                yield f"postgresql://postgres:{quote(password, safe='')}@127.0.0.1:{port}/postgres"
+            else:
+                yield f"postgresql://postgres@/postgres?host={folder}"
             server.stop(signal.SIGINT)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def private_server(password: str) -> Iterator[str]:
+    """A server that listens on loopback and wants ``password``, out of local programs (else the test is skipped); the
+    URL of an empty database there."""
+    programs = _local_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL is installed here")
+    port = free_port()
+    with _run_local(programs, password, port) as url:
+        yield url
 
 
 def _unprivileged() -> pwd.struct_passwd:
