@@ -25,6 +25,9 @@ LISTENERS = (*SERVED, "mqtt_listen")
 LOOPBACK = "127.0.0.1"
 # `controlplane dev` is looked at by a person who waits: seconds matter more than the load of ten thousand nodes.
 DEV_BEAT_S = 1.0
+_NOT_AS_FLAG = (
+    f"With a password in it set it in the file or as {PREFIX}{{}}: other users of this machine can read flags in ps."
+)
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:_-]*[A-Za-z0-9])?")
 
 
@@ -124,14 +127,16 @@ class Config:
         parse_host,
     )  # fmt: skip
     postgres_url: str = option(
-        "", "postgresql://user:password@host:5432/database; `dev` starts its own server when empty.", parse_postgres_url
-    )
+        "", "postgresql://user:password@host:5432/database, libpq's parameters after a ? (sslmode, ...); `dev` starts "
+        f"its own server when empty. {_NOT_AS_FLAG.format('POSTGRES_URL')}", parse_postgres_url,
+    )  # fmt: skip
     mqtt_url: str = option(
-        "", "mqtt[s]://user:password@host:port of the broker; `dev` starts its own when empty.", parse_mqtt_url
-    )
+        "", "mqtt[s]://user:password@host:port of the broker; `dev` starts its own when empty. "
+        f"{_NOT_AS_FLAG.format('MQTT_URL')}", parse_mqtt_url,
+    )  # fmt: skip
     mqtt_node_url: str = option(
         "", "mqtt[s]://[user:password@]host:port that nodes are told; empty: that of mqtt_url, and each node logs in "
-        "with its id and a password of its own.", parse_mqtt_url,
+        f"with its id and a password of its own. {_NOT_AS_FLAG.format('MQTT_NODE_URL')}", parse_mqtt_url,
     )  # fmt: skip
     mqtt_ca_file: Path | None = option(
         None, "PEM file of the authority behind the broker's certificate; empty: the system's and the fleet's own.",

@@ -94,9 +94,9 @@ def with_own_ports(folder: Path) -> Path:
     return folder
 
 
-def ended(folder: Path, *arguments: str, command: str = "dev") -> tuple[int, str]:
+def ended(folder: Path, *arguments: str, command: str = "dev", env: dict[str, str] | None = None) -> tuple[int, str]:
     """Exit status and output of a start that is expected to fail."""
-    with Child([PROGRAM, command, "--data-dir", folder, *arguments]) as child:
+    with Child([PROGRAM, command, "--data-dir", folder, *arguments], env=env) as child:
         return child.wait_for_exit(60), child.output
 
 
@@ -225,17 +225,20 @@ def test_serve_with_servers_of_one_s_own(
     migrated_postgres_url: str, postgres_url: str, mqtt: Mqtt, folder: Path
 ) -> None:
     free = ["--http-listen", "127.0.0.1:0", "--enrollment-listen", "127.0.0.1:0", "--node-listen", "127.0.0.1:0"]
-    free += ["--artifacts-listen", "127.0.0.1:0", "--mqtt-url", mqtt.url]
-    status, output = ended(folder / "empty", *free, "--postgres-url", postgres_url, command="serve")
+    free += ["--artifacts-listen", "127.0.0.1:0"]
+    # Never as flags: those are in the process list, and these may hold passwords.
+    urls = {"CONTROLPLANE_MQTT_URL": mqtt.url, "CONTROLPLANE_POSTGRES_URL": migrated_postgres_url}
+    status, output = ended(
+        folder / "empty", *free, command="serve", env={**urls, "CONTROLPLANE_POSTGRES_URL": postgres_url}
+    )
     assert status == 1
     assert "run `controlplane migrate`" in output
     manager = folder / "notify.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(manager))
         systemd.settimeout(30)
-        env = {"NOTIFY_SOCKET": str(manager), "WATCHDOG_USEC": "300000"}
-        arguments = [*free, "--postgres-url", migrated_postgres_url]
-        with running(folder / "data", *arguments, command="serve", env=env) as plane:
+        env = {**urls, "NOTIFY_SOCKET": str(manager), "WATCHDOG_USEC": "300000"}
+        with running(folder / "data", *free, command="serve", env=env) as plane:
             assert plane.facts["children"] == []
             heard: set[bytes] = set()
             while not {b"READY=1", b"WATCHDOG=1"} <= heard:
