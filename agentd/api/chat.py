@@ -26,9 +26,9 @@ class Chat:
 
     async def answer(self, request: ChatRequest, relayed: bool, start: SendStart, body: SendBody) -> None:
         """Answer one checked request. Raises ApiError; when the answer has begun by then, it says so itself."""
-        target, key = self._serving.target(request.model, relayed)
-        settled, reader = await self._serving.settled(key, request.body)
-        generation = compose(target, settled, keep_alive_s=request.keep_alive_s)
+        target, _ = self._serving.target(request.model, relayed)
+        generation = compose(target, request.body, keep_alive_s=request.keep_alive_s)
+        generation, reader = await self._serving.settled(generation)
         async with self._serving.turn(target, generation) as turn:
             answer = _ChatAnswer(request, generation, turn, reader)
             if request.stream:

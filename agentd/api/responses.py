@@ -39,8 +39,8 @@ class Responses:
     async def answer(self, request: ResponseRequest, relayed: bool, start: SendStart, body: SendBody) -> None:
         """Answer one checked request. Raises ApiError; when the answer has begun by then, it says so itself."""
         target, key = self._serving.target(request.model, relayed)
-        settled, reader = await self._serving.settled(key, request.body)
-        generation = compose(target, settled, keep_alive_s=request.keep_alive_s)
+        generation = compose(target, request.body, keep_alive_s=request.keep_alive_s)
+        generation, reader = await self._serving.settled(generation)
         async with self._serving.turn(target, generation) as turn:
             builder = ResponseBuilder(request, Account(key, turn.waited_s), int(time.time()))
             serve = _stream if request.stream else _whole

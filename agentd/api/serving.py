@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from agentd.agents.admission import Admission
 from agentd.agents.router import Catalog, Target, Unknown, resolve
 from agentd.api.errors import ApiError, bad_request
-from agentd.api.tools import ToolCallReader, settle
+from agentd.api.tools import TOOL_FIELDS, ToolCallReader, settle
 from agentd.device.clock import boottime_s
 from agentd.models.types import (
     Chunk,
@@ -86,10 +85,15 @@ class Serving:
             )
         return found, key
 
-    async def settled(self, key: ModelKey, body: Mapping[str, Any]) -> tuple[dict[str, Any], ToolCallReader | None]:
-        """The body for the backend with its tools as this model can take them (see tools.py)."""
+    async def settled(self, generation: GenerateRequest) -> tuple[GenerateRequest, ToolCallReader | None]:
+        """The generation with its tools as this model can take them (see tools.py)."""
+        body = generation.body
+        if not TOOL_FIELDS & body.keys():
+            return generation, None
         open_choice = bool(body.get("tools")) and body.get("tool_choice") in (None, "auto")
-        return settle(body, native=not open_choice or await self.host.knows_tools(key) is not False)
+        native = not open_choice or await self.host.knows_tools(generation.key) is not False
+        settled, reader = settle(body, native=native)
+        return replace(generation, body=settled), reader
 
     @asynccontextmanager
     async def turn(self, target: Target, generation: GenerateRequest) -> AsyncIterator[Turn]:

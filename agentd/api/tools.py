@@ -21,6 +21,7 @@ from agentd.api.errors import bad_request
 from agentd.api.schemas import embedded
 
 MAX_TOOLS = 128
+TOOL_FIELDS = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _ANY_OBJECT = {"type": "object"}
 
@@ -80,7 +81,7 @@ def settle(body: Mapping[str, Any], *, native: bool) -> tuple[dict[str, Any], To
     settled = dict(body)
     choice, offered = settled.get("tool_choice") or "auto", settled.get("tools") or []
     if not offered or choice == "none":
-        for name in ("tools", "tool_choice", "parallel_tool_calls"):
+        for name in TOOL_FIELDS:
             settled.pop(name, None)
         return settled, None
     if choice == "auto" and native:
@@ -93,12 +94,24 @@ def settle(body: Mapping[str, Any], *, native: bool) -> tuple[dict[str, Any], To
         )  # fmt: skip
     if isinstance(choice, dict):
         offered = [tool for tool in offered if tool["function"]["name"] == choice["function"]["name"]]
-    for name in ("tools", "tool_choice", "parallel_tool_calls"):
+    _settle_stops(settled, forced)
+    for name in TOOL_FIELDS:
         settled.pop(name, None)
     settled["messages"] = _introduced(_in_words(settled["messages"]), offered, forced)
     schema = {"name": "answer", "schema": _schema(offered, forced), "strict": True}
     settled["response_format"] = {"type": "json_schema", "json_schema": schema}
     return settled, ToolCallReader("stop" if isinstance(choice, dict) else "tool_calls")
+
+
+def _settle_stops(settled: dict[str, Any], forced: bool) -> None:
+    """A stop sequence is a matter of the words: inside a call, or in the JSON around the words, it would cut it off."""
+    if forced:
+        settled.pop("stop", None)
+    elif any(not re.search(r"\w", stop) or re.search(r'[\x00-\x1f"\\]', stop) for stop in settled.get("stop", ())):
+        raise bad_request(
+            "this model can't be given `tools` together with a `stop` of line ends, quotes or signs only: leave one of "
+            "them out", "stop", "unsupported_value",
+        )  # fmt: skip
 
 
 def _schema(offered: Sequence[Mapping[str, Any]], forced: bool) -> dict[str, Any]:

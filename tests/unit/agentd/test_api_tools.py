@@ -94,6 +94,16 @@ def test_without_a_template_for_tools_the_model_may_call_or_speak() -> None:
         settle(body(response_format={"type": "json_object"}), native=False)
 
 
+def test_stop_sequences_never_cut_a_call() -> None:
+    settled, _ = settle(body(tool_choice="required", stop=["e"]), native=False)
+    assert "stop" not in settled
+    settled, _ = settle(body(stop=["END"]), native=False)
+    assert settled["stop"] == ["END"]
+    for stop in ("\n", "}", 'a"'):
+        with pytest.raises(ApiError, match="`stop`"):
+            settle(body(stop=[stop]), native=False)
+
+
 def test_earlier_calls_are_told_in_words() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
     history = [
