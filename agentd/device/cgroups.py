@@ -173,7 +173,9 @@ def _open_v1(root: Path, own: Mapping[str, str]) -> Cgroups | None:
             parent = _visible(root / "sys/fs/cgroup" / controller, own[controller]) / _PARENT
             with contextlib.suppress(OSError):
                 parent.mkdir(exist_ok=True)
-                parents[controller] = parent
+                # An agentd of another user, root's say, may have made it, and left it behind: that one is not ours.
+                if os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+                    parents[controller] = parent
     return Cgroups(1, parents) if "memory" in parents else None
 
 

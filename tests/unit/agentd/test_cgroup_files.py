@@ -72,6 +72,19 @@ def test_nothing_is_writable(tmp_path: Path):
     assert open_cgroups(tmp_path) is None
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a second user")
+def test_a_parent_that_an_agentd_of_another_user_made_is_not_ours(folder: Path):
+    folder.chmod(0o755)
+    write(folder / "proc/self/cgroup", "4:memory:/\n")
+    (folder / "sys/fs/cgroup/memory/slmfleet").mkdir(parents=True, mode=0o755)
+    assert open_cgroups(folder) is not None
+    os.seteuid(65534)
+    try:
+        assert open_cgroups(folder) is None
+    finally:
+        os.seteuid(0)
+
+
 def test_no_limit_writes_nothing(v2: Path):
     cgroups = open_cgroups(v2)
     assert cgroups is not None
