@@ -105,21 +105,24 @@ class TcpProxy:
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, up: bool) -> None:
         while True:
-            chunk = await source.read(min(_CHUNK, self.bytes_per_s // 10 or 1) if self.bytes_per_s else _CHUNK)
+            chunk = await source.read(_CHUNK)
             if self.delay_s:
                 await asyncio.sleep(self.delay_s)
             await self._passable()
             if not chunk:
                 sink.write_eof()
                 return
-            sink.write(chunk)
-            await sink.drain()
-            if up:
-                self.bytes_up += len(chunk)
-            else:
-                self.bytes_down += len(chunk)
-            if self.bytes_per_s:
-                await asyncio.sleep(len(chunk) / self.bytes_per_s)
+            while chunk:
+                size = max(1, self.bytes_per_s // 10) if self.bytes_per_s else len(chunk)
+                piece, chunk = chunk[:size], chunk[size:]
+                sink.write(piece)
+                await sink.drain()
+                if up:
+                    self.bytes_up += len(piece)
+                else:
+                    self.bytes_down += len(piece)
+                if self.bytes_per_s:
+                    await asyncio.sleep(len(piece) / self.bytes_per_s)
 
     async def _passable(self) -> None:
         while self.half_open:  # noqa: ASYNC110  # the knob may be turned from any thread
