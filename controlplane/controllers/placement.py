@@ -106,6 +106,9 @@ def status_of(deployment: Deployment, snapshot: Fleet, made: Plan) -> dict[str, 
     placed = len(mine) - len(removed) + sum(isinstance(action, Place) for action in acts)
     up = [replica for replica in mine if replica.node_id in nodes and replica.serves(nodes[replica.node_id])]
     current = [replica for replica in up if replica.id not in removed and replica.observed_revision == replica.revision]
+    troubled = [
+        f"{nodes[item.node_id].name}: {item.trouble}" for item in mine if item.trouble and item.node_id in nodes
+    ]
     unplaced = [
         {"count": item.count, "reason": item.reason} for item in made.unplaced if item.deployment == deployment.name
     ]
@@ -117,17 +120,15 @@ def status_of(deployment: Deployment, snapshot: Fleet, made: Plan) -> dict[str, 
         "ready": len(current),
         "warm": sum(replica.warm for replica in current),
         "unplaced": unplaced,
-        "message": _message(desired, len(current), [str(item["reason"]) for item in unplaced], acts),
+        "message": _message(desired, len(current), [str(item["reason"]) for item in unplaced], acts, sorted(troubled)),
     }
 
 
-def _message(desired: int, ready: int, unplaced: list[str], acts: list[Any]) -> str:
-    if unplaced:
-        return unplaced[0]
+def _message(desired: int, ready: int, unplaced: list[str], acts: list[Any], troubled: list[str]) -> str:
     waiting = [action.reason for action in acts if isinstance(action, Keep) and "it stays:" in action.reason]
-    if waiting:
-        return waiting[0]
-    return "" if ready >= desired else f"{ready} of {desired} replicas are ready"
+    count = [f"{ready} of {desired} replicas are ready"] if ready < desired else []
+    more = f" (and {len(troubled) - 1} more like it)" if len(troubled) > 1 else ""
+    return "; ".join([*(unplaced or waiting or count)[:1], *(f"{text}{more}" for text in troubled[:1])])
 
 
 def _change_events(made: Plan) -> list[tuple[str, str, str, str]]:

@@ -150,7 +150,7 @@ async def _nodes(connection: AsyncConnection, max_replicas: int) -> list[Node]:
             drained=row.drained,
             formats=frozenset(row.inventory.get("formats", ())),
             memory_bytes=int(row.inventory.get("memoryBytes", 0)),
-            disk_free_bytes=int(row.inventory.get("diskFreeBytes", 0)),
+            disk_free_bytes=int(row.inventory.get("diskFreeBytes", 0)) if row.inventory.get("diskBytes") else None,
             max_replicas=max_replicas,
             silent_since=_seconds(row.last_seen_at) if row.last_seen_at and _state(row.state) in DOWN else None,
             ever_connected=row.last_seen_at is not None,
@@ -163,7 +163,8 @@ async def _replicas(connection: AsyncConnection) -> list[Replica]:
     rows = await connection.execute(
         sa.text("""
             SELECT a.id, a.deployment, a.revision, a.node_id, a.reason, a.created_at, t.revision AS observed_revision,
-                coalesce(t.staged, false) AS staged, coalesce(t.ready, false) AS ready, coalesce(t.warm, false) AS warm
+                coalesce(t.staged, false) AS staged, coalesce(t.ready, false) AS ready, coalesce(t.warm, false) AS warm,
+                coalesce(t.degraded, false) AS degraded, t.conditions
             FROM assignments AS a LEFT JOIN assignment_statuses AS t ON t.assignment_id = a.id""")
     )
     return [
@@ -178,9 +179,15 @@ async def _replicas(connection: AsyncConnection) -> list[Replica]:
             warm=row.warm,
             observed_revision=row.observed_revision or 0,
             reason=row.reason,
+            trouble=_trouble(row.conditions or ()) if row.degraded else "",
         )
         for row in rows
     ]
+
+
+def _trouble(conditions: Sequence[Mapping[str, Any]]) -> str:
+    degraded = next((item for item in conditions if item.get("type") == "Degraded"), {})
+    return str(degraded.get("message") or degraded.get("reason") or "its node says that it is degraded")
 
 
 async def _deployments(connection: AsyncConnection) -> list[Deployment]:

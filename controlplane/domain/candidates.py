@@ -147,11 +147,12 @@ class Ledger:
             )
         missing = {digest: size for digest, size in variant.files.items() if digest not in use.on_disk}
         queued = sum((use.to_fetch | missing).values())
-        if node.disk_free_bytes and missing and queued + DISK_RESERVE_BYTES > node.disk_free_bytes:
+        free = node.disk_free_bytes
+        if free is not None and missing and queued + DISK_RESERVE_BYTES > free:
             return Rejection(
                 Filter.DISK,
-                f"{format_size(queued)} must be fetched and {format_size(DISK_RESERVE_BYTES)} stay free, and the disk "
-                f"has {format_size(node.disk_free_bytes)}",
+                f"its disk has {format_size(free)} free, too little for {format_size(queued)} of models to fetch and "
+                f"{format_size(DISK_RESERVE_BYTES)} that stay free: make room there",
             )
         return _score(node, use, after, missing, variant)
 

@@ -70,7 +70,7 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One enrolled, unrevoked node. 0 bytes = not known."""
+    """One enrolled, unrevoked node. 0 bytes of memory, None of disk = not known."""
 
     id: str
     name: str
@@ -79,7 +79,7 @@ class Node:
     drained: bool = False
     formats: frozenset[str] = frozenset()
     memory_bytes: int = 0
-    disk_free_bytes: int = 0
+    disk_free_bytes: int | None = None
     # Deployments that the node may hold; 0 = no limit.
     max_replicas: int = 0
     # Since when it is silent, seconds since 1970; None = it is not, or it has never connected.
@@ -101,7 +101,10 @@ class Replica:
     warm: bool = False
     # The revision that the node spoke of.
     observed_revision: int = 0
+    # Why it was placed here.
     reason: str = ""
+    # What is wrong with it, in the node's words; "" = nothing.
+    trouble: str = ""
 
     def serves(self, node: Node) -> bool:
         """Whether requests can reach it now."""

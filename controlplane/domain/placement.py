@@ -243,6 +243,7 @@ class _Planner:
         because = f" to replace another: {why}" if why else ""
         for rank, (node, fit) in enumerate(fits[:count]):
             self._place(deployment, revision, node, fit, f"best of {len(fits) - rank}{because}; {fit.sentence}")
+            rejected.append(Rejection(Filter.TAKEN, "it takes one in this plan"))
         if count > len(fits):
             reason = _count(rejected, len(self._nodes), "can't take another replica")
             self._unplaced.append(Unplaced(deployment.name, count - len(fits), reason))
@@ -318,7 +319,7 @@ class _Planner:
             why = storm.reason if storm else "onDisconnect is keep"
             self._keep(replica, f"its node is lost, and it stays: {why}")
         else:
-            self._keep(replica, "works where it is")
+            self._keep(replica, f"degraded: {replica.trouble}" if replica.trouble else "stays where it is")
 
     def _place(self, deployment: Deployment, revision: Revision, node: Node, fit: Fit, reason: str) -> None:
         self._ledger.take(deployment, revision, node, fit.variant, staged=False)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from controlplane.controllers.placement import status_of
 from controlplane.domain.candidates import MEMORY_SHARE, Filter, Rejection, choose_variant, memory_need
 from controlplane.domain.explain import explain
 from controlplane.domain.failover import Storm
@@ -95,6 +96,33 @@ def test_ties_go_to_the_first_name() -> None:
     assert moves(plan([deployment(1)], [node("b"), node("a"), node("c")], [], NOW))["place"] == ["a"]
 
 
+def test_a_node_that_takes_one_now_is_counted_among_those_that_cannot_take_another() -> None:
+    [unplaced] = plan([deployment(2)], [node("a")], [], NOW).unplaced
+    assert unplaced.reason == "1 of 1 node can't take another replica: 1 running it already"
+
+
+def test_a_full_disk_is_no_unknown_disk_and_the_sentence_says_what_to_do() -> None:
+    fleet = Fleet([deployment(1)], [node("a", disk_free_bytes=0), node("b", disk_free_bytes=None)], [], NOW)
+    full, unknown = explain("greeter", fleet)
+    assert (full.chosen, unknown.chosen) == (False, True)
+    assert full.reason == (
+        "its disk has 0 B free, too little for 98.0 MB of models to fetch and 268.4 MB that stay free: make room there"
+    )
+
+
+def test_what_a_node_complains_of_is_told_wherever_one_looks() -> None:
+    trouble = "the disk has 20.8 MB free; this download needs 98.4 MB: free some space"
+    held = [replica("a", ready=False, trouble=trouble), replica("b", ready=False, trouble="the same")]
+    fleet = Fleet([deployment(2)], [node("a"), node("b")], held, NOW)
+    assert explain("greeter", fleet)[0].reason.startswith(f"degraded: {trouble}")
+    made = plan(fleet.deployments, fleet.nodes, fleet.replicas, NOW)
+    message = status_of(fleet.deployments[0], fleet, made)["message"]
+    assert message == f"0 of 2 replicas are ready; a: {trouble} (and 1 more like it)"
+    healthy = Fleet([deployment(1)], [node("a")], [replica("a")], NOW)
+    made = plan(healthy.deployments, healthy.nodes, healthy.replicas, NOW)
+    assert status_of(healthy.deployments[0], healthy, made)["message"] == ""
+
+
 def test_unplaced_counts_per_filter() -> None:
     nodes = [
         node("a", labels={"tier": "demo"}, drained=True),
@@ -113,7 +141,8 @@ def test_unplaced_counts_per_filter() -> None:
     [unplaced] = made.unplaced
     assert unplaced.count == 2
     for part in (
-        "7 of 8 nodes can't take another replica",
+        "8 of 8 nodes can't take another replica",
+        "1 running it already",
         "1 not selected by its labels",
         "1 drained",
         "1 not online",
