@@ -33,10 +33,10 @@ from agentd.convergence.facts import (
 )
 from agentd.convergence.plan import plan, retry_delay_s
 from agentd.device.clock import boottime_s, wall_s
-from agentd.models.inspect.upstream import leads_away
 from agentd.models.types import ModelHost, ModelKey, ModelStatus
 from agentd.telemetry.events import EventLog
 from slmfleet import logs
+from slmfleet.modelfiles.upstream import leads_away
 from slmfleet.v1 import state_pb2 as pb
 from slmfleet.variants import Hardware
 

@@ -44,7 +44,6 @@ from agentd.identity.files import Endpoints, Identity
 from agentd.identity.renewal import keep_renewed
 from agentd.models.backends import available_formats
 from agentd.models.counters import ModelCounters
-from agentd.models.inspect import upstream
 from agentd.models.measured import Measurement, from_json, to_json
 from agentd.models.settings import HostSettings, Tuning
 from agentd.models.types import ModelHost, ModelKey, ModelState, ModelStatus
@@ -59,6 +58,7 @@ from agentd.telemetry.recorder import Recorder
 from agentd.tuning import Tuner
 from agentd.upkeep import Upkeep, own_memory_bytes
 from slmfleet import __version__, logs
+from slmfleet.modelfiles import upstream
 from slmfleet.systemd import Notifier
 from slmfleet.v1 import session_pb2, state_pb2
 

@@ -12,7 +12,6 @@ from agentd.models import events as on
 from agentd.models import refusals
 from agentd.models.backends import available_formats
 from agentd.models.counters import ModelCounters
-from agentd.models.inspect import NotAModel
 from agentd.models.launcher import Launcher, ProcessLauncher
 from agentd.models.measured import Measurement
 from agentd.models.owner import Owner
@@ -33,6 +32,7 @@ from agentd.models.types import (
 )
 from agentd.models.wire import MAX_FRAME_BYTES
 from slmfleet import logs
+from slmfleet.modelfiles import NotAModel
 from slmfleet.v1 import worker_pb2
 
 log = logs.get(__name__)

@@ -14,7 +14,6 @@ from typing import Protocol
 from agentd.device.cgroups import Cgroups, Group, Limits, open_cgroups
 from agentd.device.pressure import stalled_fraction
 from agentd.models.backends import FORMATS
-from agentd.models.inspect import ModelFacts, NotAModel
 from agentd.models.measured import Measurement
 from agentd.models.memory import Estimate, context_for, estimate
 from agentd.models.process import Exit, Launch, Worker, WorkerProcess, reap_leftovers, resident_bytes, start_time
@@ -22,6 +21,7 @@ from agentd.models.settings import HostSettings, Tuning, tightest
 from agentd.models.types import LoadableModel, ModelKey
 from agentd.models.worker.environment import worker_environment
 from slmfleet import logs
+from slmfleet.modelfiles import ModelFacts, NotAModel
 from slmfleet.v1 import worker_pb2
 
 log = logs.get(__name__)

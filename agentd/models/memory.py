@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agentd.models.inspect import ModelFacts
+from slmfleet.modelfiles import ModelFacts
 from slmfleet.units import format_size
 
 # Bytes of one element of the key-value cache, block overhead included.

@@ -28,7 +28,6 @@ from agentd.models import events as on
 from agentd.models.broker import Broker
 from agentd.models.claim import Claim
 from agentd.models.failures import Failures
-from agentd.models.inspect import NotAModel
 from agentd.models.launcher import Launcher, Prepared
 from agentd.models.ledger import Ledger
 from agentd.models.life import Life
@@ -40,6 +39,7 @@ from agentd.models.ticket import Ticket
 from agentd.models.types import LoadableModel, ModelState, ModelStatus, Refused, RuntimeOptions
 from agentd.models.warmup import warm_up
 from slmfleet import logs
+from slmfleet.modelfiles import NotAModel
 from slmfleet.v1.worker_pb2 import WorkerReply, WorkerRequest
 
 log = logs.get(__name__)

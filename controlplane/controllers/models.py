@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from controlplane.artifacts.formats import refuse_file, refuse_variant
+from controlplane.artifacts.formats import refuse_content, refuse_file, refuse_variant
 from controlplane.artifacts.order import SourceAway, SourceUnusable
 from controlplane.artifacts.sources import Fetched, fetch
 from controlplane.artifacts.store import BlobStore, DigestMismatch, StoreFull
@@ -225,13 +225,19 @@ class ModelImportController(Controller):
         """Bring in all files of a variant; the entry of ``model_versions.variants``."""
         if reason := refuse_variant(variant["format"], [file["name"] for file in variant["files"]]):
             raise SourceUnusable(f"variant {variant['name']}: {reason}")
-        files = []
+        # All are looked into before the first is stored: what can't be run leaves nothing behind.
+        here: dict[str, Fetched] = {}
         for file in variant["files"]:
-            sha256, size = await self._file(variant["format"], file, meter)
-            meter.next_file(size)
+            here[file["name"]] = await self._fetch(variant["format"], file, meter)
+        paths = {name: fetched.path for name, fetched in here.items()}
+        if reason := await asyncio.to_thread(refuse_content, variant["format"], paths):
+            raise SourceUnusable(f"variant {variant['name']}: {reason}")
+        files = []
+        for name, fetched in here.items():
+            size = await self._keep(fetched)
             async with leaders.fenced(self._engine, self.name, epoch) as connection:
-                await model_versions.add_blob(connection, sha256, size)
-            files.append({"sha256": sha256, "sizeBytes": size, "name": file["name"]})
+                await model_versions.add_blob(connection, fetched.sha256, size)
+            files.append({"sha256": fetched.sha256, "sizeBytes": size, "name": name})
         return {
             "name": variant["name"],
             "format": variant["format"],
@@ -239,16 +245,20 @@ class ModelImportController(Controller):
             "files": files,
         }
 
-    async def _file(self, format_: str, file: Mapping[str, Any], meter: _Meter) -> tuple[str, int]:
-        """Bring one file into the store; its digest and bytes."""
+    async def _fetch(self, format_: str, file: Mapping[str, Any], meter: _Meter) -> Fetched:
+        """Bring one file to this machine, and look into it."""
         sha256 = file.get("sha256")
         if sha256 and self._store.has(sha256):
             here = Fetched(self._store.path(sha256), sha256, ours=True)
         else:
             here = await fetch(file["source"], sha256, self._cache, meter.update)
-        # Before it is stored: what can't be run leaves nothing behind.
         if reason := await asyncio.to_thread(refuse_file, format_, file["name"], here.path):
             raise SourceUnusable(reason)
+        meter.next_file(here.path.stat().st_size)
+        return here
+
+    async def _keep(self, here: Fetched) -> int:
+        """Put one file into the store; its bytes."""
         if self._store.has(here.sha256):
-            return here.sha256, self._store.size(here.sha256)
-        return here.sha256, await self._store.adopt(here.path, here.sha256, link=here.ours)
+            return self._store.size(here.sha256)
+        return await self._store.adopt(here.path, here.sha256, link=here.ours)

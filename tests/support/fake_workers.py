@@ -6,12 +6,12 @@ import asyncio
 import random
 from dataclasses import dataclass, field
 
-from agentd.models.inspect import NotAModel
 from agentd.models.launcher import OnExit, OnReply, Prepared
 from agentd.models.memory import Estimate
 from agentd.models.process import Exit
 from agentd.models.types import LoadableModel, ModelKey
 from agentd.models.wire import Serializable
+from slmfleet.modelfiles import NotAModel
 from slmfleet.v1.worker_pb2 import WorkerReply, WorkerRequest
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agentd.models.inspect import ModelFacts, inspect_gguf, inspect_onnx, inspect_onnx_genai, inspect_upstream
+from slmfleet.modelfiles import ModelFacts, inspect_gguf, inspect_onnx, inspect_onnx_genai, inspect_upstream
 
 if TYPE_CHECKING:
     from agentd.models.backends.base import Backend

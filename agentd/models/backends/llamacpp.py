@@ -27,7 +27,7 @@ from agentd.models.backends.base import (
     refuse_several,
 )
 from agentd.models.backends.schema import constraint
-from agentd.models.inspect.gguf import is_embedding_gguf
+from slmfleet.modelfiles.gguf import is_embedding_gguf
 
 # What of a request reaches the server: it knows many more keys, some of which reach into its slots and files.
 _PASSED = frozenset(

@@ -31,9 +31,9 @@ from agentd.models.backends.base import (
 )
 from agentd.models.backends.providers import choose_providers
 from agentd.models.backends.release import give_back
-from agentd.models.inspect.facts import CLASSIFY, EMBED
-from agentd.models.inspect.onnx import MODEL, TOKENIZER, read_encoder
 from agentd.models.wire import MAX_FRAME_BYTES
+from slmfleet.modelfiles.facts import CLASSIFY, EMBED
+from slmfleet.modelfiles.onnx import MODEL, TOKENIZER, read_encoder
 
 # Tokens with padding in one run: eight inputs of 512 tokens at once would need 600 MB for a model of 22 MB.
 _BATCH_TOKENS = 512

@@ -24,7 +24,7 @@ from agentd.models.backends.base import Finish, Loaded, LoadSpec, RequestError, 
 from agentd.models.backends.events_stream import EventSplitter, EventTooLarge
 from agentd.models.backends.http_client import Cancelled, Exchange, Server, Unreachable, UpstreamError
 from agentd.models.backends.schema import constraint
-from agentd.models.inspect.upstream import HOSTS, KEYS, Upstream, read_upstream
+from slmfleet.modelfiles.upstream import HOSTS, KEYS, Upstream, read_upstream
 
 _PASSED = frozenset(
     {

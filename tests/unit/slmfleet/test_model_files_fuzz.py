@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agentd.models.inspect import (
+from slmfleet.modelfiles import (
     ModelFacts,
     NotAModel,
     inspect_gguf,
@@ -21,9 +21,9 @@ from agentd.models.inspect import (
     inspect_onnx_genai,
     inspect_upstream,
 )
-from agentd.models.inspect.gguf import is_embedding_gguf
-from agentd.models.inspect.onnx_header import read_graph
-from agentd.models.inspect.templates import tool_format
+from slmfleet.modelfiles.gguf import is_embedding_gguf
+from slmfleet.modelfiles.onnx_header import read_graph
+from slmfleet.modelfiles.templates import tool_format
 from tests.support.models import make_tiny_gguf
 from tests.support.tiny_onnx import LABELS, field, make_classifier, value_info
 
@@ -86,12 +86,21 @@ ARRAYS = st.one_of(
 )
 
 
+NUMBERS = st.integers(0, 300) | st.integers(0, 2**64 - 1)
+TENSORS = st.builds(
+    lambda name, shape, kind, offset: text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset),
+    st.text(max_size=5), st.lists(NUMBERS, max_size=5), st.integers(0, 45), NUMBERS,
+)  # fmt: skip
+
+
 @st.composite
 def gguf_headers(draw: st.DrawFn) -> bytes:
     pairs = draw(st.lists(st.tuples(KEYS, st.one_of(SCALARS, ARRAYS)), max_size=12))
     named = [("general.architecture", struct.pack("<I", 8) + text("llama")), *pairs]
-    header = b"GGUF" + struct.pack("<IQQ", 3, 0, len(named))
-    return header + b"".join(text(name) + value for name, value in named)
+    tensors = draw(st.lists(TENSORS, max_size=3))
+    announced = draw(st.sampled_from([0, len(tensors), len(tensors), 2**40]))
+    header = b"GGUF" + struct.pack("<IQQ", 3, announced, len(named))
+    return header + b"".join(text(name) + value for name, value in named) + b"".join(tensors)
 
 
 @FUZZ

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from agentd.models.inspect.facts import EMBED, GENERATE, ModelFacts, NotAModel, per_layer, whole
-from agentd.models.inspect.templates import tool_format
+from slmfleet.modelfiles.facts import EMBED, GENERATE, ModelFacts, NotAModel, per_layer, whole
+from slmfleet.modelfiles.ggml import tensor_bytes
+from slmfleet.modelfiles.templates import tool_format
 
 _MAX_KEYS = 4096
 _MAX_NAME_BYTES = 65536
+# The largest mixtures of experts have some thousands.
+_MAX_TENSORS = 65536
+_MAX_DIMENSIONS = 4
+_DEFAULT_ALIGNMENT = 32
 _MAX_TEXT_BYTES = 4 * 2**20
 # Over the whole header: items of arrays that are skipped (each costs time), and bytes that are kept.
 _MAX_ITEMS = 8_000_000
@@ -33,19 +39,32 @@ _FILE_TYPES = {
 
 
 def inspect_gguf(entry: Path) -> ModelFacts:
-    """Facts from the header of a GGUF file. Raises NotAModel."""
-    keys = dict(_keys(entry))
+    """Facts from the header of a GGUF file, whose tensors must all lie inside the file. Raises NotAModel."""
+    with _opened(entry) as header:
+        keys = dict(header.pairs())
+        header.check_tensors(keys.get("general.alignment", _DEFAULT_ALIGNMENT))
     return _facts(_architecture(keys, entry), keys)
+
+
+def check_gguf(entry: Path) -> None:
+    """As ``inspect_gguf``, and any part of a model that was split is good: only the first names an architecture.
+    Raises NotAModel."""
+    with _opened(entry) as header:
+        keys = dict(header.pairs())
+        header.check_tensors(keys.get("general.alignment", _DEFAULT_ALIGNMENT))
+    if not whole(keys.get("split.no")):
+        _architecture(keys, entry)
 
 
 def is_embedding_gguf(entry: Path) -> bool:
     """True for a model that pools its states into one vector. Reads the header up to the vocabulary only, which
     writers put last: a few kB. Raises NotAModel."""
     keys: dict[str, Any] = {}
-    for name, value in _keys(entry):
-        if name.startswith("tokenizer."):
-            break
-        keys[name] = value
+    with _opened(entry) as header:
+        for name, value in header.pairs():
+            if name.startswith("tokenizer."):
+                break
+            keys[name] = value
     return _pools(_architecture(keys, entry), keys)
 
 
@@ -87,11 +106,12 @@ def _facts(architecture: str, keys: Mapping[str, Any]) -> ModelFacts:
     )
 
 
-def _keys(entry: Path) -> Iterator[tuple[str, Any]]:
-    """Keys and values in the file's order. Raises NotAModel."""
+@contextlib.contextmanager
+def _opened(entry: Path) -> Iterator[_Header]:
+    """The file's header, to be read front to back; what goes wrong meanwhile becomes NotAModel."""
     try:
         with entry.open("rb") as file:
-            yield from _Header(file, entry.name).keys()
+            yield _Header(file, entry.name)
     except OSError as error:
         raise NotAModel(f"cannot read the model file {entry}: {error.strerror or error}") from error
     except (EOFError, UnicodeDecodeError) as error:
@@ -108,14 +128,16 @@ class _Header:
         self._at = 0
         self._items = 0
         self._kept = 0
+        self._tensors = 0
 
-    def keys(self) -> Iterator[tuple[str, Any]]:
+    def pairs(self) -> Iterator[tuple[str, Any]]:
+        """Keys and values in the file's order."""
         magic = self._file.read(4)
         if magic != b"GGUF":
             raise NotAModel(
                 f"{self._name} is no GGUF model: it begins with {magic!r} instead of b'GGUF'; check its source"
             )
-        version, _tensors, count = struct.unpack("<IQQ", self._take(20))
+        version, self._tensors, count = struct.unpack("<IQQ", self._take(20))
         if version not in (2, 3):
             raise NotAModel(f"{self._name} is GGUF version {version}; versions 2 and 3 can be read: convert the model")
         if count > _MAX_KEYS:
@@ -124,6 +146,41 @@ class _Header:
             name = self._text(_MAX_NAME_BYTES)
             (kind,) = struct.unpack("<I", self._take(4))
             yield name, self._value(kind)
+
+    def check_tensors(self, alignment: Any) -> None:
+        """Raise NotAModel if a tensor is not whole in the file. To be called when all keys were read."""
+        if self._tensors > _MAX_TENSORS:
+            raise self._damaged(f"its header announces {self._tensors} tensors")
+        step = whole(alignment)
+        if not step:
+            raise self._damaged(f"it aligns its tensors to {str(alignment)[:40]} bytes")
+        last, reach = "", 0
+        for _ in range(self._tensors):
+            name, end = self._tensor()
+            if end > reach:
+                last, reach = name, end
+        table_end = self._file.tell() - (len(self._data) - self._at)
+        size = self._file.seek(0, 2)
+        # Values that are skipped may have ended behind the file's end.
+        if table_end > size:
+            raise EOFError
+        # Offsets count from the first aligned byte after the table.
+        end = -(-table_end // step) * step + reach
+        if reach and end > size:
+            raise NotAModel(
+                f"{self._name} is cut off: tensor {last[:100]} ends at byte {end} and the file has {size} bytes; "
+                "fetch it again"
+            )
+
+    def _tensor(self) -> tuple[str, int]:
+        """Name of the next tensor of the table, and its end in the data; 0 for a type that is not known."""
+        name = self._text(_MAX_NAME_BYTES)
+        (dimensions,) = struct.unpack("<I", self._take(4))
+        if dimensions > _MAX_DIMENSIONS:
+            raise self._damaged(f"it has a tensor of {dimensions} dimensions")
+        *shape, kind, offset = struct.unpack(f"<{dimensions}QIQ", self._take(8 * dimensions + 12))
+        size = tensor_bytes(shape, kind)
+        return name, 0 if size is None else offset + size
 
     def _damaged(self, what: str) -> NotAModel:
         return NotAModel(f"{self._name} is a damaged GGUF file: {what}; fetch it again")

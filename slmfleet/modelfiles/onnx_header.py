@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from agentd.models.inspect.facts import NotAModel
+from slmfleet.modelfiles.facts import NotAModel
 
 _MAX_FIELDS = 1_000_000
 _MAX_VALUES = 1024
@@ -61,7 +61,11 @@ def read_graph(path: Path) -> Graph:
     size = path.stat().st_size
     with path.open("rb") as file:
         walk = _Walk(file, path.name)
-        graph = next((field for field in walk.fields(0, size) if field.number == _MODEL_GRAPH), None)
+        graph = None
+        # To the end, so that a file that was cut behind its graph is found out as well.
+        for field in walk.fields(0, size):
+            if field.number == _MODEL_GRAPH and graph is None:
+                graph = field
         if graph is None or not graph.size:
             raise NotAModel(f"{path.name} is no ONNX model: it has no graph; check its source")
         return _graph(walk, graph)
@@ -160,6 +164,8 @@ class _Walk:
             self._file.seek(at)
             key = self._varint()
             number, kind = key >> 3, key & 7
+            if not number:
+                raise self.damaged("a part of it has no number")
             if kind == 0:
                 field = _Field(number, value=self._varint())
                 at = self._file.tell()

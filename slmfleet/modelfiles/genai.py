@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from agentd.models.inspect.facts import ModelFacts, NotAModel, per_layer, read_bounded, read_object, read_optional
-from agentd.models.inspect.onnx_header import read_graph
-from agentd.models.inspect.templates import tool_format
+from slmfleet.modelfiles.facts import ModelFacts, NotAModel, per_layer, read_bounded, read_object, read_optional
+from slmfleet.modelfiles.onnx_header import read_graph
+from slmfleet.modelfiles.templates import tool_format
 
 
 def inspect_onnx_genai(entry: Path) -> ModelFacts:
@@ -17,14 +17,14 @@ def inspect_onnx_genai(entry: Path) -> ModelFacts:
         config = read_object(path)
     except FileNotFoundError:
         raise NotAModel(
-            f"{entry} is no onnx-genai model: it has no genai_config.json; make it with "
+            f"{entry.name} is no onnx-genai model: it has no genai_config.json; make it with "
             "onnxruntime_genai.models.builder"
         ) from None
     try:
         model = config["model"]
         decoder = model["decoder"]
         layers, head_size = _count(decoder["num_hidden_layers"]), _count(decoder["head_size"])
-        weights = entry / Path(str(decoder["filename"])).name
+        weights = entry / _file_name(decoder["filename"])
         template = _template(entry)
         facts = ModelFacts(
             architecture=str(model["type"])[:100],
@@ -40,9 +40,11 @@ def inspect_onnx_genai(entry: Path) -> ModelFacts:
             tool_format=tool_format(template),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise NotAModel(f"{path} is no configuration of a text model: {type(error).__name__} at {error}") from error
+        raise NotAModel(
+            f"{path.name} is no configuration of a text model: {type(error).__name__} at {error}"
+        ) from error
     if not weights.is_file():
-        raise NotAModel(f"{path} names {weights.name}, which is not in the folder; fetch the model again")
+        raise NotAModel(f"{path.name} names {weights.name}, which is not in the folder; fetch the model again")
     return facts
 
 
@@ -50,6 +52,12 @@ def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 2**31:
         raise ValueError(f"{str(value)[:40]!r}, which is no plausible number")
     return value
+
+
+def _file_name(value: Any) -> str:
+    if not isinstance(value, str) or len(value.encode()) > 255:
+        raise ValueError(f"{str(value)[:40]!r}, which is no name of a file")
+    return Path(value).name
 
 
 def _template(entry: Path) -> str:

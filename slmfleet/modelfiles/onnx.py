@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentd.models.inspect.facts import CLASSIFY, EMBED, ModelFacts, NotAModel, read_bounded, read_optional, whole
-from agentd.models.inspect.onnx_header import Graph, Value, read_graph
+from slmfleet.modelfiles.facts import CLASSIFY, EMBED, ModelFacts, NotAModel, read_bounded, read_optional, whole
+from slmfleet.modelfiles.onnx_header import Graph, Value, read_graph
 
 MODEL, TOKENIZER = "model.onnx", "tokenizer.json"
 # Of BERT and its kin; what a model without any configuration is taken to hold.
@@ -44,7 +44,7 @@ def read_encoder(entry: Path) -> Encoder:
     """How to run the encoder in the folder ``entry``. Raises NotAModel."""
     for name in (MODEL, TOKENIZER):
         if not (entry / name).is_file():
-            raise NotAModel(f"{entry} is no ONNX encoder: it has no {name}; export the model with its tokenizer")
+            raise NotAModel(f"{entry.name} is no ONNX encoder: it has no {name}; export the model with its tokenizer")
     try:
         graph = read_graph(entry / MODEL)
     except OSError as error:

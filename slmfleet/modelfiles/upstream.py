@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from agentd.models.inspect.facts import ModelFacts, NotAModel, read_object
+from slmfleet.modelfiles.facts import ModelFacts, NotAModel, read_object
 
 FILE = "upstream.json"
 # Variables in which agentd tells a worker which addresses are allowed, and where the keys are.
