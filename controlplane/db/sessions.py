@@ -210,7 +210,11 @@ async def record_applied(connection: AsyncConnection, rows: Sequence[AppliedRow]
 
 
 async def record_statuses(connection: AsyncConnection, rows: Sequence[StatusRow]) -> None:
-    """Store the newest statuses; one of an assignment that is not that node's (any more) is passed over."""
+    """Store the newest statuses; one of an assignment that is not that node's (any more) is passed over.
+
+    The assignments are locked against deletion: of one that goes in the same moment the foreign key would refuse the
+    status, and with it all that was said in the same transaction.
+    """
     await connection.execute(
         sa.text("""
             INSERT INTO assignment_statuses AS t (assignment_id, revision, observed_generation, staged, ready, warm,
@@ -225,6 +229,7 @@ async def record_statuses(connection: AsyncConnection, rows: Sequence[StatusRow]
                       conditions)
             JOIN assignments AS a ON a.id = n.id AND a.node_id = n.node_id
             JOIN node_sessions AS s ON s.node_id = n.node_id AND s.epoch = n.epoch
+            FOR KEY SHARE OF a
             ON CONFLICT (assignment_id) DO UPDATE SET
                 revision = excluded.revision, observed_generation = excluded.observed_generation,
                 staged = excluded.staged, ready = excluded.ready, warm = excluded.warm, degraded = excluded.degraded,

@@ -134,7 +134,7 @@ async def apply_all(engine: AsyncEngine, beating: set[str]) -> None:
             " AND applied_generation <> generation",
             "INSERT INTO assignment_statuses (assignment_id, revision, observed_generation, staged, ready, warm,"
             " degraded) SELECT id, revision, 1, true, true, true, false FROM assignments"
-            " WHERE node_id = ANY (CAST(:ids AS text[]))"
+            " WHERE node_id = ANY (CAST(:ids AS text[])) FOR KEY SHARE"
             " ON CONFLICT (assignment_id) DO UPDATE SET revision = excluded.revision",
             topic="spec",
             ids=sorted(beating),
