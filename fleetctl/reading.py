@@ -96,7 +96,7 @@ def explain(
 ) -> None:
     """Say for each node why the deployment runs there, or why not.
 
-    -o json: {"items": [{"node", "chosen", "reason"}], "message"}, as the server has it.
+    -o json: {"items": [{"node", "chosen", "reason"}, ...]}, as the server has it.
     """
     with session.of(context).client() as client:
         answer = client.get(f"/deployments/{deployment}/explain")
