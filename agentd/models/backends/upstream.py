@@ -70,6 +70,7 @@ class UpstreamServer:
         self._failures = 0
         self._requests = 0
         self._find_model()
+        self._stopped = threading.Event()
         threading.Thread(target=self._watch, name="health", daemon=True).start()
         return Loaded(slots=upstream.max_concurrent, context_tokens=upstream.context_tokens or spec.context_tokens)
 
@@ -106,7 +107,8 @@ class UpstreamServer:
         return {"requests": float(self._requests), "health_failures": float(self._failures)}
 
     def stop(self) -> None:
-        """Connections end with the process, and with them the work there."""
+        """Look after the server no longer. Connections end with the process, and with them the work there."""
+        self._stopped.set()
 
     def _exchange(self, max_bytes: int, sink: Sink | None = None) -> Exchange:
         # A wait is progress here: the silence of the server has its own limit, and it is not this worker that hangs.
@@ -165,8 +167,7 @@ class UpstreamServer:
 
     def _watch(self) -> None:
         """Look after the server; end this process when it is gone for good."""
-        while True:
-            time.sleep(_HEALTH_S)
+        while not self._stopped.wait(_HEALTH_S):
             # One that answered a request lately need not be asked.
             if time.monotonic() - self._heard_s >= _HEALTH_S and self.is_silent():
                 os._exit(1)

@@ -259,5 +259,7 @@ def test_server_that_stays_away_is_given_up(tmp_path: Path):
         spec = LoadSpec(upstream(tmp_path / "m", server.url).entry, 512, 1)
         backend = UpstreamServer()
         assert backend.load(spec).slots == 4
+        # Its watch would end this very process.
+        backend.stop()
         assert backend.is_silent() is False
     assert [backend.is_silent() for _ in range(3)] == [False, False, True]
