@@ -151,6 +151,8 @@ async def _nodes(connection: AsyncConnection, max_replicas: int) -> list[Node]:
             formats=frozenset(row.inventory.get("formats", ())),
             memory_bytes=int(row.inventory.get("memoryBytes", 0)),
             disk_free_bytes=int(row.inventory.get("diskFreeBytes", 0)) if row.inventory.get("diskBytes") else None,
+            cores=int(row.inventory.get("cpuCount", 0)),
+            accelerators=frozenset(row.inventory.get("accelerators", ())),
             max_replicas=max_replicas,
             silent_since=_seconds(row.last_seen_at) if row.last_seen_at and _state(row.state) in DOWN else None,
             ever_connected=row.last_seen_at is not None,
@@ -162,10 +164,15 @@ async def _nodes(connection: AsyncConnection, max_replicas: int) -> list[Node]:
 async def _replicas(connection: AsyncConnection) -> list[Replica]:
     rows = await connection.execute(
         sa.text("""
-            SELECT a.id, a.deployment, a.revision, a.node_id, a.reason, a.created_at, t.revision AS observed_revision,
+            SELECT a.id, a.deployment, a.revision, a.node_id, a.reason, a.created_at,
+                coalesce(t.variant, '') AS variant,
+                coalesce((v.pinned #>> '{model,name}') || '@' || (v.pinned #>> '{model,version}'), '') AS variant_of,
+                t.revision AS observed_revision,
                 coalesce(t.staged, false) AS staged, coalesce(t.ready, false) AS ready, coalesce(t.warm, false) AS warm,
                 coalesce(t.degraded, false) AS degraded, t.conditions
-            FROM assignments AS a LEFT JOIN assignment_statuses AS t ON t.assignment_id = a.id""")
+            FROM assignments AS a
+            LEFT JOIN assignment_statuses AS t ON t.assignment_id = a.id
+            LEFT JOIN revisions AS v ON v.deployment = a.deployment AND v.number = t.revision""")
     )
     return [
         Replica(
@@ -179,6 +186,8 @@ async def _replicas(connection: AsyncConnection) -> list[Replica]:
             warm=row.warm,
             observed_revision=row.observed_revision or 0,
             reason=row.reason,
+            variant=row.variant,
+            variant_of=row.variant_of,
             trouble=_trouble(row.conditions or ()) if row.degraded else "",
         )
         for row in rows
@@ -266,6 +275,7 @@ def _revision(row: sa.Row[Any]) -> Revision:
                 variant["name"],
                 variant["format"],
                 {file["sha256"]: int(file["sizeBytes"]) for file in variant["files"]},
+                variant.get("quantization") or "",
             )
             for variant in row.variants or ()
         ),

@@ -3,9 +3,9 @@
 Filters are asked in order; the first that says no gives the node's reason. Scores are a weighted sum of fractions, so
 that 1.0 is the best of all worlds; the weights are below. Equal scores go to the first name.
 
-Memory: a worker needs its weights, a tenth of them for context and scratch, and 96 MiB of program (measured with
-llama.cpp and SmolLM2: 193 MB for a file of 98 MB). At most 80 % of a node's memory is given out. Models that stay
-loaded add up; of those that are loaded on demand only the largest counts, because the node swaps them.
+Memory: a worker needs its weights and some more (see ``slmfleet/variants.py``, which also says which variant suits a
+node best). At most 80 % of a node's memory is given out. Models that stay loaded add up; of those that are loaded on
+demand only the largest counts, because the node swaps them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from controlplane.domain.fleet import Deployment, Node, Replica, Revision, Variant, effective_revision
+from controlplane.domain.fleet import (
+    Deployment,
+    Node,
+    Replica,
+    Revision,
+    Variant,
+    effective_revision,
+    running_variants,
+)
 from controlplane.domain.liveness import NodeState
+from slmfleet import variants as rule
 from slmfleet.units import format_size
 
 MEMORY_SHARE = 0.8
-WORKER_BYTES = 96 * 2**20
-SCRATCH_SHARE = 0.1
 DISK_RESERVE_BYTES = 256 * 2**20
 WEIGHT_ON_DISK, WEIGHT_MEMORY, WEIGHT_LOAD = 0.4, 0.3, 0.3
 
@@ -57,13 +64,14 @@ class Fit:
 
 def memory_need(variant: Variant) -> int:
     """Bytes that a loaded worker needs; see the module's text."""
-    return int(variant.size_bytes * (1 + SCRATCH_SHARE)) + WORKER_BYTES
+    return rule.memory_need(_candidate(variant))
 
 
-def choose_variant(node: Node, variants: Sequence[Variant]) -> Variant | Rejection:
-    """The first variant that a backend of the node can load and that fits its memory alone.
+def choose_variant(node: Node, variants: Sequence[Variant], running: str = "") -> Variant | Rejection:
+    """The variant that suits the node best, of those that a backend of it can load and that fit its memory alone.
 
-    A node whose inventory is unknown is not judged.
+    ``running``: the one that the node runs already; it stays while it fits, since no gain is worth a download. A node
+    whose inventory is unknown is not judged.
     """
     loadable = [variant for variant in variants if not node.formats or variant.format in node.formats]
     if not loadable:
@@ -72,14 +80,27 @@ def choose_variant(node: Node, variants: Sequence[Variant]) -> Variant | Rejecti
         return Rejection(Filter.FORMAT, f"the model comes as {offered}, and its backends load {has}")
     limit = node.memory_bytes * MEMORY_SHARE
     fitting = [variant for variant in loadable if not node.memory_bytes or memory_need(variant) <= limit]
-    if fitting:
-        return fitting[0]
+    kept = [variant for variant in fitting if variant.name == running]
+    if kept:
+        return kept[0]
+    formats = frozenset(variant.format for variant in fitting)
+    choice = rule.choose_variant([_candidate(variant) for variant in fitting], formats, _hardware(node))
+    if isinstance(choice, rule.Choice):
+        return next(variant for variant in fitting if variant.name == choice.name)
     least = min(map(memory_need, loadable))
     return Rejection(
         Filter.MEMORY,
         f"the model needs {format_size(least)} of memory, and {format_size(limit)} of its "
         f"{format_size(node.memory_bytes)} may be used",
     )
+
+
+def _candidate(variant: Variant) -> rule.Candidate:
+    return rule.Candidate(variant.name, variant.format, variant.quantization, variant.size_bytes)
+
+
+def _hardware(node: Node) -> rule.Hardware:
+    return rule.Hardware(int(node.memory_bytes * MEMORY_SHARE), node.cores, node.accelerators)
 
 
 @dataclass(slots=True)
@@ -104,16 +125,21 @@ class Ledger:
         self, deployments: Mapping[str, Deployment], nodes: Mapping[str, Node], replicas: Iterable[Replica]
     ) -> None:
         self._use: dict[str, _Use] = {node_id: _Use() for node_id in nodes}
-        for replica in replicas:
+        held = list(replicas)
+        self._running = running_variants(held)
+        for replica in held:
             node, deployment = nodes.get(replica.node_id), deployments.get(replica.deployment)
             revision = effective_revision(deployment, node) if deployment and node else None
             if node is None or deployment is None or revision is None:
                 continue
-            variant = choose_variant(node, revision.variants)
+            variant = self._choose(revision, node)
             if isinstance(variant, Variant):
                 self.take(deployment, revision, node, variant, staged=replica.staged)
             else:
                 self._use[node.id].replicas += 1
+
+    def _choose(self, revision: Revision, node: Node) -> Variant | Rejection:
+        return choose_variant(node, revision.variants, self._running.get((node.id, revision.title), ""))
 
     def take(self, deployment: Deployment, revision: Revision, node: Node, variant: Variant, *, staged: bool) -> None:
         """Count a replica of ``revision`` on ``node``."""
@@ -131,7 +157,7 @@ class Ledger:
             return Rejection(Filter.DRAINED, "it is drained")
         if node.state is not NodeState.ONLINE:
             return Rejection(Filter.STATE, f"it is {node.state}")
-        variant = choose_variant(node, revision.variants)
+        variant = self._choose(revision, node)
         if isinstance(variant, Rejection):
             return variant
         use = self._use[node.id]
@@ -182,7 +208,7 @@ def _score(node: Node, use: _Use, memory_after: int, missing: Mapping[str, int],
 
 def _model(revision: Revision, variant: Variant) -> str:
     # One worker per model version and variant, whoever uses it.
-    return f"{revision.model}@{revision.model_version}/{variant.name}"
+    return f"{revision.title}/{variant.name}"
 
 
 def reject_static(deployment: Deployment, revision: Revision, node: Node) -> Rejection | None:

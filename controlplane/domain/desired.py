@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from controlplane.domain.candidates import choose_variant
-from controlplane.domain.fleet import Deployment, Node, Replica, Revision, Variant, effective_revision
+from controlplane.domain.fleet import Deployment, Node, Replica, Revision, Variant, effective_revision, running_variants
 from controlplane.domain.liveness import NodeState
 from slmfleet.v1 import state_pb2
 
@@ -32,6 +32,8 @@ class Assignment:
     deployment: str
     revision: Revision
     warm: bool
+    # The variant that the node runs already; "" = none, or not known.
+    running: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,15 @@ def assignments_of(
     warm: frozenset[str],
 ) -> list[Assignment]:
     """What ``node`` should run. Left out: what has no model that can be handed out yet, and deleted deployments."""
+    mine = list(replicas)
+    running = running_variants(mine)
     found = []
-    for replica in replicas:
+    for replica in mine:
         deployment = deployments.get(replica.deployment)
         revision = effective_revision(deployment, node) if deployment else None
         if revision is not None and (revision.model, revision.model_version) in models:
-            found.append(Assignment(replica.id, replica.deployment, revision, replica.id in warm))
+            runs = running.get((node.id, revision.title), "")
+            found.append(Assignment(replica.id, replica.deployment, revision, replica.id in warm, runs))
     return found
 
 
@@ -127,7 +132,7 @@ def _assignment(
         phase=state_pb2.ASSIGNMENT_PHASE_ACTIVE,
         warm=assignment.warm,
     )
-    variant = choose_variant(node, revision.variants) if node.formats else None
+    variant = choose_variant(node, revision.variants, assignment.running) if node.formats else None
     if isinstance(variant, Variant):
         compiled.variant = variant.name
     if revision.agent is not None and revision.agent_digest is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,6 +24,8 @@ class Variant:
     name: str
     format: str
     files: Mapping[str, int] = field(default_factory=dict)
+    # As its makers write it; "" = unknown.
+    quantization: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -43,6 +45,11 @@ class Revision:
     not_ready: str = ""
     agent: str | None = None
     agent_digest: str | None = None
+
+    @property
+    def title(self) -> str:
+        """``model@version``."""
+        return f"{self.model}@{self.model_version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,9 @@ class Node:
     formats: frozenset[str] = frozenset()
     memory_bytes: int = 0
     disk_free_bytes: int | None = None
+    cores: int = 0
+    # As inventories name them: "nvidia", "amd", "npu", "gpu".
+    accelerators: frozenset[str] = frozenset()
     # Deployments that the node may hold; 0 = no limit.
     max_replicas: int = 0
     # Since when it is silent, seconds since 1970; None = it is not, or it has never connected.
@@ -106,6 +116,10 @@ class Replica:
     # What is wrong with it, in the node's words; "" = nothing.
     trouble: str = ""
 
+    # The variant that the node said it runs, and the model that it is one of, as ``model@version``; "" = not known.
+    variant: str = ""
+    variant_of: str = ""
+
     def serves(self, node: Node) -> bool:
         """Whether requests can reach it now."""
         return self.ready and node.state in CONNECTED
@@ -120,6 +134,16 @@ class Fleet:
     replicas: Sequence[Replica]
     # Seconds since 1970 by Postgres's clock.
     now: float
+
+
+def running_variants(replicas: Iterable[Replica]) -> dict[tuple[str, str], str]:
+    """Names of the variants that nodes run, by node id and ``model@version``. One worker serves all replicas of a model
+    on a node, so where they differ the oldest one's counts."""
+    found: dict[tuple[str, str], str] = {}
+    for replica in sorted(replicas, key=lambda item: (item.created_at, item.id)):
+        if replica.variant and replica.variant_of:
+            found.setdefault((replica.node_id, replica.variant_of), replica.variant)
+    return found
 
 
 def effective_revision(deployment: Deployment, node: Node | None = None) -> Revision | None:

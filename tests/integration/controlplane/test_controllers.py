@@ -17,7 +17,7 @@ from controlplane.artifacts.store import BlobStore
 from controlplane.controllers import Controllers
 from controlplane.controllers.leadership import Leadership
 from controlplane.controllers.liveness import LivenessController
-from controlplane.db import leaders
+from controlplane.db import fleet, leaders
 from controlplane.db.engine import Hints, hint, make_engine
 from controlplane.domain.liveness import LivenessPolicy
 from slmfleet.v1 import state_pb2
@@ -140,6 +140,37 @@ async def apply_all(engine: AsyncEngine, beating: set[str]) -> None:
             ids=sorted(beating),
         )
         await asyncio.sleep(0.05)
+
+
+def test_what_a_node_is_and_runs_reaches_those_who_decide(migrated_postgres_url: str) -> None:
+    async def scenario() -> None:
+        async with engine_for(migrated_postgres_url) as engine:
+            await add_node(engine, "edge-1")
+            await add_deployment(engine, 1)
+            await execute(
+                engine,
+                "UPDATE nodes SET inventory = inventory || CAST(:more AS jsonb)",
+                "INSERT INTO assignments (id, deployment, revision, node_id, reason)"
+                " VALUES ('a1', 'greeter', 1, 'edge-1', '')",
+                more=json.dumps({"cpuCount": 8, "accelerators": ["nvidia"]}),
+            )
+
+            async def replica() -> tuple[str, str]:
+                async with engine.connect() as connection:
+                    [found] = (snapshot := await fleet.load_fleet(connection)).replicas
+                [node] = snapshot.nodes
+                assert (node.cores, node.accelerators) == (8, {"nvidia"})
+                return found.variant, found.variant_of
+
+            assert await replica() == ("", "")
+            await execute(
+                engine,
+                "INSERT INTO assignment_statuses (assignment_id, revision, observed_generation, staged, ready, warm,"
+                " degraded, variant) VALUES ('a1', 1, 1, true, true, true, false, 'q4')",
+            )
+            assert await replica() == ("q4", "smollm2@1")
+
+    run(scenario())
 
 
 # --- leading -------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_a_document_holds_everything_that_was_declared() -> None:
     [assignment] = made.assignments
     assert (assignment.id, assignment.deployment, assignment.revision, assignment.warm) == ("r1", "greeter", 3, True)
     assert assignment.phase == state_pb2.ASSIGNMENT_PHASE_ACTIVE
-    assert assignment.variant == "q4-1", "the first variant that a backend of this node can load"
+    assert assignment.variant == "q4-1", "the only variant that a backend of this node can load"
     assert (assignment.model.name, assignment.model.version, assignment.model.digest) == ("smollm2", "1", "d1")
     assert assignment.model.context_tokens == 2048
     assert [variant.name for variant in assignment.model.variants] == ["int4", "q4-1"]
@@ -151,3 +151,22 @@ def test_only_what_can_be_handed_out_is_assigned() -> None:
     replicas = [replica("a", 1.0), replica("b", 1.0, "other"), replica("c", 1.0, "deleted")]
     made = assignments_of(NODE, replicas, {"greeter": ready, "other": unready}, MODELS, frozenset({"a"}))
     assert made == [Assignment("a", "greeter", REVISION, True)]
+
+
+def test_a_node_is_told_the_variant_that_it_runs() -> None:
+    both = replace(NODE, formats=frozenset({"gguf", "onnx-genai"}))
+    ready = {name: Deployment(name, 3, (REVISION,)) for name in ("greeter", "other")}
+
+    def told(*replicas: Replica) -> list[str]:
+        mine = assignments_of(both, replicas, ready, MODELS, frozenset())
+        return [item.variant for item in document(both, *mine).assignments]
+
+    def runs(name: str, created_at: float, variant: str, of: str = "smollm2@1", deployment: str = "greeter") -> Replica:
+        return replace(replica(name, created_at, deployment), node_id="n1", variant=variant, variant_of=of)
+
+    assert told(runs("a", 1.0, "")) == ["int4"], "the first of equals"
+    assert told(runs("a", 1.0, "q4-1")) == ["q4-1"]
+    assert told(runs("a", 1.0, "q4-1", "smollm2@0")) == ["int4"], "that was another version's"
+    assert told(runs("a", 1.0, "gone")) == ["int4"]
+    # One worker for both: what the older one runs.
+    assert told(runs("a", 2.0, "int4"), runs("b", 1.0, "q4-1", deployment="other")) == ["q4-1", "q4-1"]

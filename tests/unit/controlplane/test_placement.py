@@ -300,7 +300,32 @@ def test_the_old_revision_runs_until_the_new_model_is_there() -> None:
 # --- capacity ------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_variant_that_fits_is_chosen() -> None:
+def test_the_variant_suits_the_device_and_one_that_runs_stays() -> None:
+    q4, q6, q8 = (
+        Variant(name, "gguf", {name: size * 10**9}, name) for name, size in (("Q4_K_M", 2), ("Q6_K", 3), ("Q8_0", 4))
+    )
+    every = (q8, q4, q6)
+    pi, desktop = node("a", cores=4), node("a", cores=8, memory_bytes=16 * 10**9)
+    graphics = node("a", cores=8, accelerators=frozenset({"nvidia"}))
+    assert [choose_variant(item, every) for item in (pi, desktop, graphics)] == [q4, q6, q8]
+    assert choose_variant(pi, every, "Q8_0") == q8, "it runs already: no download for a gain"
+    assert choose_variant(replace(pi, memory_bytes=4 * 10**9), every, "Q8_0") == q4, "it does not fit any more"
+    assert choose_variant(pi, every, "gone") == q4
+
+
+def test_memory_is_counted_for_the_variant_that_runs() -> None:
+    """A replica holds 4 GB by an earlier choice; what the best choice would hold must not be taken for it."""
+    large, small = Variant("l", "gguf", {"l": 4 * 10**9}, "Q8_0"), Variant("s", "gguf", {"s": 10**9}, "Q4_0")
+    both = Revision(1, "m", "1", (large, small))
+    other = Revision(1, "n", "1", (Variant("v", "gguf", {"v": 3 * 10**9}),))
+    wished = [deployment(1, "first", revisions=(both,)), deployment(1, "second", revisions=(other,))]
+    nodes = [node("a", cores=4)]
+    held = replica("a", deployment="first", variant="l", variant_of="m@1")
+    assert "short of memory" in plan(wished, nodes, [held], NOW).unplaced[0].reason
+    assert plan(wished, nodes, [replace(held, variant="s")], NOW).unplaced == ()
+
+
+def test_a_variant_that_fits_is_chosen() -> None:
     small, large, onnx = (
         Variant("s", "gguf", {"s": 10**8}),
         Variant("l", "gguf", {"l": 10**10}),
