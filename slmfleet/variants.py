@@ -20,6 +20,7 @@ lower, down to Q2_K. A variant that is served elsewhere (format ``upstream``) co
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class NoChoice:
     reason: str
 
 
+@functools.lru_cache(maxsize=256)
 def bits_per_weight(quantization: str) -> float:
     """About how many bits a weight takes; files of unknown quantization count as Q4_K_M."""
     name = re.sub(r"[^A-Z0-9]+", "_", quantization.upper()).strip("_").removeprefix("UD_")

@@ -73,6 +73,21 @@ def choose_variant(node: Node, variants: Sequence[Variant], running: str = "") -
     ``running``: the one that the node runs already; it stays while it fits, since no gain is worth a download. A node
     whose inventory is unknown is not judged.
     """
+    fitting = _fitting(node, variants)
+    if isinstance(fitting, Rejection):
+        return fitting
+    kept = next((variant for variant in fitting if variant.name == running), None)
+    if kept is not None or len(fitting) == 1:
+        return kept or fitting[0]
+    formats = frozenset(variant.format for variant in fitting)
+    choice = rule.choose_variant([_candidate(variant) for variant in fitting], formats, _hardware(node))
+    # All of them can be loaded and fit, so there is always a choice.
+    assert isinstance(choice, rule.Choice), choice.reason
+    return next(variant for variant in fitting if variant.name == choice.name)
+
+
+def _fitting(node: Node, variants: Sequence[Variant]) -> Sequence[Variant] | Rejection:
+    """Those that a backend of the node can load and that fit its memory alone."""
     loadable = [variant for variant in variants if not node.formats or variant.format in node.formats]
     if not loadable:
         offered = ", ".join(sorted({variant.format for variant in variants})) or "no format"
@@ -80,13 +95,8 @@ def choose_variant(node: Node, variants: Sequence[Variant], running: str = "") -
         return Rejection(Filter.FORMAT, f"the model comes as {offered}, and its backends load {has}")
     limit = node.memory_bytes * MEMORY_SHARE
     fitting = [variant for variant in loadable if not node.memory_bytes or memory_need(variant) <= limit]
-    kept = [variant for variant in fitting if variant.name == running]
-    if kept:
-        return kept[0]
-    formats = frozenset(variant.format for variant in fitting)
-    choice = rule.choose_variant([_candidate(variant) for variant in fitting], formats, _hardware(node))
-    if isinstance(choice, rule.Choice):
-        return next(variant for variant in fitting if variant.name == choice.name)
+    if fitting:
+        return fitting
     least = min(map(memory_need, loadable))
     return Rejection(
         Filter.MEMORY,
@@ -215,5 +225,5 @@ def reject_static(deployment: Deployment, revision: Revision, node: Node) -> Rej
     """What speaks against a replica on ``node`` for good, however the fleet is doing: labels, formats, memory."""
     if not deployment.matches(node.labels):
         return Rejection(Filter.SELECTOR, "its labels do not match the selector")
-    variant = choose_variant(node, revision.variants)
-    return variant if isinstance(variant, Rejection) else None
+    fitting = _fitting(node, revision.variants)
+    return fitting if isinstance(fitting, Rejection) else None
