@@ -60,11 +60,12 @@ class Answer:
         return " · ".join(parts)
 
 
-def model_name(target: str) -> str:
-    """What ``model`` says in the request: an agent's name becomes ``agent/<name>``; ``model/x`` means the bare x."""
+def model_names(target: str) -> tuple[str, ...]:
+    """What ``model`` may say in the request, best first: a bare name is an agent's, else a deployment's or a model's;
+    ``agent/x`` and ``model/x`` leave no choice."""
     if target.startswith("model/"):
-        return target.removeprefix("model/")
-    return target if "/" in target else f"agent/{target}"
+        return (target.removeprefix("model/"),)
+    return (target,) if "/" in target else (f"agent/{target}", target)
 
 
 def ask(
@@ -79,8 +80,26 @@ def ask(
 
     Raises Problem when the gateway refuses or the answer breaks off, Unreachable when nothing answers.
     """
+    *names, last = model_names(target)
+    for name in names:
+        try:
+            return _ask(client, name, messages, on_text, options, timeout_s)
+        except Problem as problem:
+            if problem.status != 404:
+                raise
+    return _ask(client, last, messages, on_text, options, timeout_s)
+
+
+def _ask(
+    client: Client,
+    model: str,
+    messages: Sequence[Mapping[str, str]],
+    on_text: Callable[[str], None],
+    options: Mapping[str, Any] | None,
+    timeout_s: float,
+) -> Answer:
     body = {
-        "model": model_name(target),
+        "model": model,
         "messages": list(messages),
         "stream": True,
         "stream_options": {"include_usage": True},

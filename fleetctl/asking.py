@@ -16,7 +16,10 @@ from slmfleet.errors import UsageError
 
 def ask_command(
     context: typer.Context,
-    agent: Annotated[str, typer.Argument(help="Name of an agent; model/NAME for a bare model or deployment.")],
+    agent: Annotated[
+        str,
+        typer.Argument(help="Name of an agent, a deployment or a model; agent/NAME or model/NAME where two share one."),
+    ],
     prompt: Annotated[list[str] | None, typer.Argument(help="The question; without one, standard input.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="At most this many tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 = always the likeliest word.")] = None,

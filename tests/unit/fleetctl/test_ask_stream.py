@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fleetctl.ask import Answer, chunks, model_name
+from fleetctl.ask import Answer, chunks, model_names
 from fleetctl.errors import Problem
 
 
@@ -31,11 +31,15 @@ def test_an_answer_that_breaks_off_is_an_error(lines: list[str], sentence: str) 
 
 
 @pytest.mark.parametrize(
-    ("target", "name"),
-    [("greeter", "agent/greeter"), ("agent/greeter", "agent/greeter"), ("model/smollm2", "smollm2")],
+    ("target", "names"),
+    [
+        ("greeter", ("agent/greeter", "greeter")),
+        ("agent/greeter", ("agent/greeter",)),
+        ("model/smollm2", ("smollm2",)),
+    ],
 )
-def test_a_bare_word_is_an_agent(target: str, name: str) -> None:
-    assert model_name(target) == name
+def test_a_bare_word_is_an_agent_before_anything_else(target: str, names: tuple[str, ...]) -> None:
+    assert model_names(target) == names
 
 
 def test_the_line_under_an_answer() -> None:

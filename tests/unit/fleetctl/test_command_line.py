@@ -239,6 +239,14 @@ def test_the_gateways_refusal_is_one_sentence(server: Server, said: Said) -> Non
     assert said() == ("", "error: no replica of agent/greeter is ready\n")
 
 
+def test_a_name_that_is_no_agents_is_a_deployments_or_a_models(server: Server, said: Said) -> None:
+    refusal = {"error": {"message": "there is no model 'x' in this fleet", "code": "model_not_found"}}
+    server.answers["POST /v1/chat/completions"] = (404, refusal)
+    assert run(["ask", "smollm2", "hello"]) == 1
+    assert [asked[2]["model"] for asked in server.asked] == ["agent/smollm2", "smollm2"]
+    assert said() == ("", "error: there is no model 'x' in this fleet\n")
+
+
 def test_label_and_drain_patch_the_node(server: Server) -> None:
     server.answers["PATCH /api/v1/nodes/edge-1"] = (200, {})
     assert run(["label", "edge-1", "site=lyon", "old-"]) == 0
