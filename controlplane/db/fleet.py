@@ -138,7 +138,7 @@ async def load_fleet(connection: AsyncConnection, max_replicas: int = 0) -> Flee
 async def _nodes(connection: AsyncConnection, max_replicas: int) -> list[Node]:
     rows = await connection.execute(
         sa.text("""
-            SELECT n.id, n.name, n.labels, n.inventory, n.state, n.drained, s.last_seen_at
+            SELECT n.id, n.name, n.labels, n.inventory, n.artifacts, n.state, n.drained, s.last_seen_at
             FROM nodes AS n LEFT JOIN node_sessions AS s ON s.node_id = n.id WHERE n.revoked_at IS NULL""")
     )
     return [
@@ -153,6 +153,7 @@ async def _nodes(connection: AsyncConnection, max_replicas: int) -> list[Node]:
             disk_free_bytes=int(row.inventory.get("diskFreeBytes", 0)) if row.inventory.get("diskBytes") else None,
             cores=int(row.inventory.get("cpuCount", 0)),
             accelerators=frozenset(row.inventory.get("accelerators", ())),
+            on_disk=frozenset(row.artifacts),
             max_replicas=max_replicas,
             silent_since=_seconds(row.last_seen_at) if row.last_seen_at and _state(row.state) in DOWN else None,
             ever_connected=row.last_seen_at is not None,

@@ -149,6 +149,7 @@ async def introduce(
     local_api: str,
     inventory: Mapping[str, Any],
     features: Sequence[str],
+    artifacts: Sequence[str],
 ) -> None:
     """Store what the node said of itself in its Hello.
 
@@ -164,6 +165,7 @@ async def introduce(
             local_api=local_api,
             inventory=dict(inventory),
             features=list(features),
+            artifacts=list(artifacts),
             updated_at=sa.func.now(),
         )
     )

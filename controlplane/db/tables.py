@@ -131,6 +131,8 @@ nodes = sa.Table(
     _json("labels"),
     _json("inventory"),
     _json("features", "[]"),
+    # Hex digests of the files that it had, verified, when its session began.
+    _json("artifacts", "[]"),
     sa.Column("agentd_version", sa.Text, nullable=False, server_default=""),
     sa.Column("boot_id", sa.Text, nullable=False, server_default=""),
     sa.Column("local_api", sa.Text, nullable=False, server_default=""),

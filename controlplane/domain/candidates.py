@@ -134,7 +134,7 @@ class Ledger:
     def __init__(
         self, deployments: Mapping[str, Deployment], nodes: Mapping[str, Node], replicas: Iterable[Replica]
     ) -> None:
-        self._use: dict[str, _Use] = {node_id: _Use() for node_id in nodes}
+        self._use: dict[str, _Use] = {node_id: _Use(on_disk=set(node.on_disk)) for node_id, node in nodes.items()}
         held = list(replicas)
         self._running = running_variants(held)
         for replica in held:

@@ -90,6 +90,8 @@ class Node:
     cores: int = 0
     # As inventories name them: "nvidia", "amd", "npu", "gpu".
     accelerators: frozenset[str] = frozenset()
+    # Digests of the files that it had when its session began; what it fetched since is known by its staged replicas.
+    on_disk: frozenset[str] = frozenset()
     # Deployments that the node may hold; 0 = no limit.
     max_replicas: int = 0
     # Since when it is silent, seconds since 1970; None = it is not, or it has never connected.

@@ -124,7 +124,7 @@ def assess(now: float, policy: LivenessPolicy, facts: Facts) -> Verdict:
     graced_from = max(session.last_seen_at, facts.up_since, session.owner_died_at or 0.0)
     silence = now - graced_from
     held = session.stream_open and session.owner_died_at is None
-    recheck_at = _next_threshold(now, policy, facts, graced_from)
+    recheck_at = _next_threshold(now, policy, facts, (session.last_seen_at, graced_from))
 
     if held and silence < policy.suspect_ttls * policy.ttl_s:
         if facts.presence is False and silence >= policy.presence_beats * policy.beat_s:
@@ -185,13 +185,16 @@ def _time(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _next_threshold(now: float, policy: LivenessPolicy, facts: Facts, graced_from: float) -> float | None:
-    """The earliest moment after ``now`` at which an entry of the table changes for this node."""
+def _next_threshold(now: float, policy: LivenessPolicy, facts: Facts, silent_from: tuple[float, float]) -> float | None:
+    """The earliest moment after ``now`` at which an entry of the table changes for this node.
+
+    ``silent_from``: where silence counts from without grace, and with it.
+    """
     ttl = policy.ttl_s
     thresholds = (policy.suspect_ttls, policy.disconnected_ttls, policy.lost_ttls)
-    moments = [graced_from + factor * ttl for factor in thresholds]
+    moments = [start + factor * ttl for start in silent_from for factor in thresholds]
     if facts.presence is False:
-        moments.append(graced_from + policy.presence_beats * policy.beat_s)
+        moments.append(silent_from[1] + policy.presence_beats * policy.beat_s)
     if facts.telemetry_at is not None:
         moments.append(facts.telemetry_at + policy.telemetry_ttls * ttl)
     return min((moment for moment in moments if moment > now), default=None)

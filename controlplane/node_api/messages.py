@@ -7,7 +7,8 @@ and one such value would fail the batch in which the statuses of other nodes tra
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from controlplane.db.sessions import AppliedRow, DesiredRow, OperationRow, ResultRow, StatusRow
@@ -16,11 +17,18 @@ from slmfleet.v1 import session_pb2, state_pb2
 _MAX_BIGINT = 2**63 - 1
 # Of one text that a node sends: reasons and messages are sentences.
 _MAX_TEXT = 4000
+_MAX_DIGESTS = 10_000
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def text(value: str) -> str:
     """``value`` as a column can hold it."""
     return value.replace("\0", "")[:_MAX_TEXT]
+
+
+def digests(values: Iterable[str]) -> list[str]:
+    """Those of ``values`` that are SHA-256 in lower-case hex, each once, not more than a node can sensibly have."""
+    return sorted({value for value in values if _SHA256.fullmatch(value)})[:_MAX_DIGESTS]
 
 
 def number(value: int) -> int:

@@ -212,6 +212,7 @@ class SessionService(session_pb2_grpc.NodeSessionServicer):
                 local_api=messages.text(hello.local_api),
                 inventory=messages.inventory(hello.inventory),
                 features=[messages.text(feature) for feature in hello.features],
+                artifacts=messages.digests(hello.artifacts),
             )
             return node, epoch
 

@@ -150,6 +150,7 @@ def upgrade() -> None:
         sa.Column("labels", JSONB(), server_default=sa.text("'{}'::jsonb"), nullable=False),
         sa.Column("inventory", JSONB(), server_default=sa.text("'{}'::jsonb"), nullable=False),
         sa.Column("features", JSONB(), server_default=sa.text("'[]'::jsonb"), nullable=False),
+        sa.Column("artifacts", JSONB(), server_default=sa.text("'[]'::jsonb"), nullable=False),
         sa.Column("agentd_version", sa.Text(), server_default="", nullable=False),
         sa.Column("boot_id", sa.Text(), server_default="", nullable=False),
         sa.Column("local_api", sa.Text(), server_default="", nullable=False),

@@ -24,13 +24,16 @@ def test_hello_is_stored_and_welcomed(migrated_postgres_url: str, tmp_path: Path
         async with node_api(migrated_postgres_url, tmp_path, SessionPolicy(beat_s=2, ttl_s=6)) as rig:
             node = await rig.enrolled("edge-1")
             inventory = state_pb2.Inventory(hostname="box", memory_bytes=1 << 30, formats=["gguf"])
-            async with node.session(inventory=inventory, features=["a"], local_api="127.0.0.1:11535") as session:
+            async with node.session(
+                inventory=inventory, features=["a"], artifacts=["b" * 64, "no digest"], local_api="127.0.0.1:11535"
+            ) as session:
                 welcome = session.welcome
                 assert (welcome.session_epoch, welcome.beat_s, welcome.ttl_s) == (1, 2, 6)
                 assert welcome.mqtt.username == node.id
                 assert len(welcome.mqtt.password) >= 24
                 assert welcome.endpoints.node_api == f"127.0.0.1:{rig.ports.node_api}"
-                row = (await rig.rows("SELECT boot_id, features, local_api, inventory FROM nodes"))[0]
+                row = (await rig.rows("SELECT boot_id, features, artifacts, local_api, inventory FROM nodes"))[0]
+                assert row.artifacts == ["b" * 64]
                 assert (row.boot_id, row.features, row.local_api) == ("boot-1", ["a"], "127.0.0.1:11535")
                 assert row.inventory["memoryBytes"] == 1 << 30
                 await rig.until(SESSION, [(1, True, "")])

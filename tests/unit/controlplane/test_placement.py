@@ -92,6 +92,13 @@ def test_a_node_that_has_the_bytes_is_preferred() -> None:
     assert moves(made)["place"] == ["b"]
 
 
+def test_what_a_node_said_to_have_on_disk_counts_though_no_replica_of_it_runs_there() -> None:
+    full = node("b", on_disk=frozenset({"aa"}), disk_free_bytes=10)
+    made = plan([deployment(1)], [node("a"), full], [], NOW)
+    assert moves(made)["place"] == ["b"]
+    assert "100% of the model is on its disk" in made.changes[0].reason
+
+
 def test_ties_go_to_the_first_name() -> None:
     assert moves(plan([deployment(1)], [node("b"), node("a"), node("c")], [], NOW))["place"] == ["a"]
 
