@@ -28,7 +28,7 @@ from tests.support.models import loadable, make_tiny_gguf
 pytestmark = pytest.mark.model
 # As many as fit into the time; SLMFLEET_REAL_INTERLEAVINGS asks for a number of them, whatever that takes.
 RUNS = int(os.environ.get("SLMFLEET_REAL_INTERLEAVINGS", "0"))
-BUDGET_S = 22.0
+BUDGET_S = 12.0
 # Hosts side by side: most of the time is waiting for what hangs.
 HOSTS = 4
 DEEDS = (*("ask",) * 6, "cut", "kill", "stop", "unload", "load", "models", "tune")

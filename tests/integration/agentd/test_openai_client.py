@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -12,7 +13,7 @@ import pytest
 from agentd.models.types import LoadableModel, ModelState
 from tests.support.api_rig import ApiRig, agent, with_api
 from tests.support.hosts import reached
-from tests.support.models import find_model, loadable, make_tiny_gguf
+from tests.support.models import loadable, make_tiny_gguf, smollm2_gguf
 
 pytestmark = pytest.mark.model
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -33,8 +34,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadableModel:
 
 
 @pytest.fixture
-def smol() -> LoadableModel:
-    return loadable(find_model("SmolLM2-135M-Instruct.Q4_1.gguf"), "gguf", "smol", context_tokens=1024)
+def smol(tmp_path: Path) -> LoadableModel:
+    return loadable(smollm2_gguf(tmp_path), "gguf", "smol", context_tokens=1024)
 
 
 def test_chat_whole_and_streamed_say_the_same(tiny: LoadableModel) -> None:
